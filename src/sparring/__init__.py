@@ -1,0 +1,94 @@
+"""Self-play fine-tuning of language models.
+
+>>> import sparring
+>>> sparring.run("recipe.yaml", ["train.lr=1e-6"])      # start or continue a run
+>>> view = sparring.RunView("runs/spin")                # read one
+>>> sparring.losses.logistic(margins)                   # the pure functions, by module
+
+Every name below loads when it is first used, so that `import sparring` stays light.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sparring import data, evaluate, logps, losses, methods, pair, play, players, prompts, train
+    from sparring.api import best_of, fork, prepare, run, run_stage
+    from sparring.errors import BusyError, InputError, NonFiniteError, SparringError
+    from sparring.judge.verify import load_verifier
+    from sparring.report import write_report
+    from sparring.runview import RunView
+    from sparring.types import (
+        Batch,
+        Example,
+        Frozen,
+        Group,
+        LogProbs,
+        Message,
+        Method,
+        Paired,
+        Player,
+        Rendered,
+        Sample,
+    )
+
+__version__ = "0.1.0"
+__all__ = [
+    "Batch",
+    "BusyError",
+    "Example",
+    "Frozen",
+    "Group",
+    "InputError",
+    "LogProbs",
+    "Message",
+    "Method",
+    "NonFiniteError",
+    "Paired",
+    "Player",
+    "Rendered",
+    "RunView",
+    "Sample",
+    "SparringError",
+    "best_of",
+    "data",
+    "evaluate",
+    "fork",
+    "load_verifier",
+    "logps",
+    "losses",
+    "methods",
+    "pair",
+    "play",
+    "players",
+    "prepare",
+    "prompts",
+    "run",
+    "run_stage",
+    "train",
+    "write_report",
+]
+
+_HOMES = {
+    "api": {"best_of", "fork", "prepare", "run", "run_stage"},
+    "errors": {"BusyError", "InputError", "NonFiniteError", "SparringError"},
+    "judge.verify": {"load_verifier"},
+    "report": {"write_report"},
+    "runview": {"RunView"},
+    "types": {name for name in __all__ if name[0].isupper() and not name.endswith("Error") and name != "RunView"},
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module `sparring` has no attribute `{name}`")
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"sparring.{home}"), name)
+    return importlib.import_module(f"sparring.{name}")
+
+
+def __dir__() -> list[str]:
+    return __all__

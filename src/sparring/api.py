@@ -1,0 +1,247 @@
+"""What a user calls: start or continue a run, run one stage of it, fork it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from sparring import data, methods, players
+from sparring.config import Config, Tree
+from sparring.errors import InputError
+from sparring.judge.verify import load_verifier
+from sparring.plan import Plan, RoundPlan, Stage, make_plan
+from sparring.plugins import is_file_reference
+from sparring.recipe import load, override, read_recipe, recipe_with_defaults
+from sparring.rundir import RunDir, Touched
+from sparring.runview import RunView, check_format, read_run_recipe
+from sparring.types import Player
+
+STAGE_OF_COMMAND = {"play": "samples", "pair": "groups", "freeze": "frozen", "train": "player", "eval": "eval"}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A checked recipe, resolved against its model and data; nothing is written yet."""
+
+    path: Path
+    recipe: Tree
+    config: Config
+    plan: Plan
+    start: Player
+
+
+def run(
+    recipe: Tree | Path | str,
+    overrides: Sequence[str] = (),
+    *,
+    out: Path | str | None = None,
+    redo: bool = False,
+) -> RunView:
+    """Start a run, or continue it from wherever it stopped.
+
+    recipe: a mapping, a YAML file, or an existing run directory. overrides: `section.key=value` strings.
+    out: the run's directory, instead of the recipe's `run`. redo: do stages again that changed settings touch, after
+    moving the old ones to `superseded/`; without it they are an error. Raises InputError, BusyError, NonFiniteError.
+    """
+    from sparring.loop import Loop
+
+    prepared = prepare(recipe, overrides, out=out)
+    with _opened(prepared, redo) as target:
+        Loop(target, prepared.config, prepared.plan, prepared.start).advance()
+        mark_best(target.path)
+    return RunView(target.path)
+
+
+def run_stage(path: Path | str, command: str, t: int) -> RunView:
+    """Do one stage of one round of an existing run (`play`, `pair`, `freeze`, `train` or `eval`).
+
+    Raises InputError where the round does not exist or an earlier stage is missing.
+    """
+    from sparring.loop import Loop
+
+    prepared = prepare(Path(path))
+    found = _round(prepared, t)
+    name = STAGE_OF_COMMAND[command]
+    stages = [s for s in found.stages if s.name == name]
+    if not stages:
+        raise InputError(f"{path}: round {t} ({found.method.name}) has no stage {name}: nobody plays in it")
+    with _opened(prepared, redo=False) as target:
+        known_stages = {s.folder: s for s in prepared.plan.stages if s.name != "data"}
+        missing = [name for name in stages[0].inputs if name in known_stages and not target.done(known_stages[name])]
+        if missing:
+            raise InputError(f"{path}: {stages[0].folder} needs {missing[-1]}, which is not done; do that stage first")
+        wanted = {prepared.plan.data.folder, stages[0].folder}
+        Loop(target, prepared.config, prepared.plan, prepared.start).advance(lambda stage: stage.folder in wanted)
+    return RunView(target.path)
+
+
+def fork(source: Path | str, new: Path | str, overrides: Sequence[str] = (), *, t: int | None = None) -> list[str]:
+    """Make a new run with other settings that shares (hard-links) every stage whose inputs are unchanged.
+
+    t: share nothing from round t on, even where it is unchanged. Returns the shared folders.
+    """
+    new = Path(new)
+    if new.exists():
+        raise InputError(f"{new}: exists already; a fork makes a new run")
+    prepared = prepare(Path(source), overrides, out=new)
+    if t is not None:
+        _round(prepared, t)
+    late = {stage.folder for r in prepared.plan.rounds if t is not None and r.t >= t for stage in r.stages}
+    # A fork that was cut short leaves no run that looks whole: the same command starts over.
+    making = new.with_name(f".{new.name}.tmp")
+    shutil.rmtree(making, ignore_errors=True)
+    with _opened(replace(prepared, path=making), redo=False) as target:
+        old = RunDir(Path(source))
+        shared = [s.folder for s in prepared.plan.stages if s.folder not in late and target.adopt(old, s)]
+    making.rename(new)
+    return shared
+
+
+def _round(prepared: Prepared, t: int) -> RoundPlan:
+    for r in prepared.plan.rounds:
+        if r.t == t:
+            return r
+    known = f"{prepared.plan.rounds[0].t} … {prepared.plan.rounds[-1].t}"
+    raise InputError(f"{prepared.path}: there is no round {t}; its rounds are {known}")
+
+
+def prepare(recipe: Tree | Path | str, overrides: Sequence[str] = (), *, out: Path | str | None = None) -> Prepared:
+    """Read and check a recipe and make its plan. Raises InputError."""
+    tree, where = _read(recipe)
+    own = where.parent if where and where.name == "config.yaml" else None
+    tree = override(tree, overrides)
+    if out is not None or own is not None:
+        tree["run"] = str(out if out is not None else own)
+    tree = _absolute(tree)
+    config = load(tree, methods.signature, where, overrides)
+    for key, value in (("model.path", config.model.path), ("data.path", config.data.path)):
+        if not value:
+            raise InputError(f"{key}: is missing; give it in the recipe, as --{key.split('.')[0]} or as {key}=…")
+    sha = players.identify(config.model.path, config.model.revision)
+    hashes = {Path(name).name: value for name, value in data.fingerprint(config.data).items()}
+    plan = make_plan(config, hashes, sha)
+    if config.evaluate.verifier:
+        load_verifier(config.evaluate.verifier)
+    start = Player(config.model.path, plan.first, sha)
+    return Prepared(Path(config.run), recipe_with_defaults(tree), config, plan, start)
+
+
+def mark_best(path: Path) -> int | None:
+    """Point `best` at the best player by `evaluate.best`; within one standard error the later player wins."""
+    view = RunView(path)
+    figure = view.config.evaluate.best
+    if figure == "auto":
+        figure = "sampled" if view.config.evaluate.verifier and view.config.evaluate.samples else "last"
+    numbers = sorted(n for n in view.players if n >= 0)
+    if not numbers:
+        return None
+    best = numbers[-1]
+    if figure != "last":
+        scored = {n: (view.evaluation(n) or {}).get(figure) for n in numbers}
+        known = {n: v for n, v in scored.items() if v and v.get("mean") is not None}
+        if known:
+            best = best_of({n: (v["mean"], v["se"]) for n, v in known.items()}, lower_wins=figure == "gold_nll")
+    RunDir(view.path).mark_best(view.players[best])
+    return best
+
+
+def best_of(scores: Mapping[int, tuple[float, float]], *, lower_wins: bool = False) -> int:
+    """The last player within one standard error of the top mean. DESIGN §7 (keep-best)."""
+    sign = -1 if lower_wins else 1
+    mean, error = max(((sign * m, e) for m, e in scores.values()), key=lambda pair: pair[0])
+    return max(n for n, (m, _) in scores.items() if sign * m >= mean - error)
+
+
+@contextmanager
+def _opened(prepared: Prepared, redo: bool) -> Iterator[RunDir]:
+    """The run, new or as it was left, held until the block ends. Raises InputError where settings touch what is done."""
+    target = RunDir(prepared.path)
+    with target.lock():
+        check_format(prepared.path)
+        touched = target.touched(prepared.plan.stages)
+        if touched and not redo:
+            raise InputError(_explain(prepared.path, touched))
+        if touched:
+            target.supersede(touched)
+        target.record(prepared.recipe, environment(), prepared.start)
+        yield target
+
+
+def _explain(path: Path, touched: Sequence[Touched]) -> str:
+    lines = "\n".join(f"  {item.folder}: {'; '.join(item.reasons)}" for item in touched)
+    return (
+        f"{path}: the settings changed; these stages would have to be done again (nothing was changed):\n{lines}\n"
+        f"make a new run that shares the rest: sparring fork {path} NEW section.key=value\n"
+        f"or do them again here (the old ones go to superseded/): --redo"
+    )
+
+
+def _read(recipe: Tree | Path | str) -> tuple[Tree, Path | None]:
+    if isinstance(recipe, dict):
+        return recipe, None
+    path = Path(recipe)
+    if path.is_dir():
+        return read_run_recipe(path), path / "config.yaml"
+    return read_recipe(path), path
+
+
+def _absolute(tree: Tree) -> Tree:
+    """Existing local paths made absolute, so that a run continues from any working directory."""
+
+    def fix(value: Any) -> Any:
+        if isinstance(value, str) and value and is_file_reference(value):
+            file, _, name = value.rpartition(":")
+            return f"{Path(file).resolve()}:{name}" if Path(file).exists() else value
+        return (
+            str(Path(value).expanduser().resolve())
+            if isinstance(value, str) and Path(value).expanduser().exists()
+            else value
+        )
+
+    result = dict(tree)
+    for section, keys in (
+        ("model", ("path", "chat_template")),
+        ("data", ("path", "heldout")),
+        ("evaluate", ("verifier",)),
+    ):
+        if isinstance(tree.get(section), dict):
+            result[section] = {k: fix(v) if k in keys and v else v for k, v in tree[section].items()}
+    if isinstance(tree.get("rounds"), list):
+        result["rounds"] = [
+            {k: fix(v) if k == "method" else v for k, v in e.items()} if isinstance(e, dict) else e
+            for e in tree["rounds"]
+        ]
+    return result
+
+
+def environment() -> dict[str, Any]:
+    """Versions, hardware and git state, for provenance."""
+    names = ("sparring", "torch", "transformers", "tokenizers", "datasets", "numpy", "safetensors", "pyarrow")
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    return {
+        "versions": {name: _version(name) for name in names},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cores": os.cpu_count(),
+        "git": git.stdout.strip() or None,
+        "command": " ".join(sys.argv),
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+__all__ = ["Prepared", "Stage", "best_of", "fork", "mark_best", "prepare", "run", "run_stage"]

@@ -1,0 +1,318 @@
+"""The command line; heavy libraries load inside the commands that need them.
+
+Exit codes: 0 done, 1 failed, 2 bad input (one line, no traceback), 130 interrupted and resumable.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import shlex
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sparring.errors import InputError, SparringError
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+app = typer.Typer(
+    name="sparring",
+    help="Self-play fine-tuning of language models: a model grows stronger on its own SFT data by playing itself.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Settings, e.g. train.lr=1e-6")
+]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run's directory.")]
+RoundNumber = Annotated[int, typer.Option("--round", help="The round, from 0 (preparation rounds are −1, −2 …).")]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        result = app(given, standalone_mode=False, obj=shlex.join(["sparring", *given]))
+        return result if isinstance(result, int) else 0
+    except KeyboardInterrupt as error:
+        message, code = str(error) or "interrupted", 130
+    except Exception as error:
+        told = _told(error)
+        if told is None:
+            raise
+        message, code = told
+    sys.stderr.write(f"sparring: {message}\n")
+    return code
+
+
+def _told(error: Exception) -> tuple[str, int] | None:
+    """Message and exit code for what a user can mend; None for a fault of the program, which keeps its traceback."""
+    if isinstance(error, SparringError):
+        return str(error), error.exit_code
+    # typer carries its own copy of click, whose usage errors are told by their attributes
+    if hasattr(error, "format_message"):
+        return " ".join(error.format_message().split()), 2
+    where = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
+    # safetensors tells of a full disk in its text alone
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or f"(os error {errno.ENOSPC})" in str(error):
+        return f"{where}no space left on the disk; free some and give the same command again: nothing is lost", 2
+    return (f"{where}{error.strerror}; give another path", 2) if isinstance(error, OSError) and where else None
+
+
+@app.callback(invoke_without_command=True)
+def _top(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors and results.")] = False,
+) -> None:
+    if version:
+        from sparring import __version__
+
+        typer.echo(f"sparring {__version__}")
+        raise typer.Exit
+    logger = logging.getLogger("sparring")
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
+        logger.addHandler(handler)
+    logger.setLevel(logging.WARNING if quiet else logging.INFO)
+
+
+@app.command()
+def demo(
+    seed: Annotated[int, typer.Option(min=0, help="Seeds task, model, training and sampling.")] = 0,
+    out: Annotated[Path, typer.Option(help="Where the run goes.")] = Path("runs/demo"),
+) -> None:
+    """SFT, three rounds of SPIN and the honest controls on a built-in task: minutes on a CPU, no downloads."""
+    from sparring.demo import demo as play_demo
+
+    with _resumable(f"sparring demo --seed {seed} --out {out}"):
+        table = play_demo(out, seed)
+    _print(table)
+    typer.echo(f"report: {out / 'report.html'}")
+
+
+@app.command()
+def run(
+    context: typer.Context,
+    recipe: Annotated[
+        str | None, typer.Argument(metavar="[RECIPE|RUN]", help="A YAML recipe, or a run to continue.")
+    ] = None,
+    overrides: Overrides = None,
+    model: Annotated[str | None, typer.Option(help="model.path: a Hugging Face folder or Hub id.")] = None,
+    data: Annotated[str | None, typer.Option(help="data.path: a file, folder or Hub id.")] = None,
+    method: Annotated[str | None, typer.Option(help="The method of every round.")] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="How many rounds.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The run's directory.")] = None,
+    redo: Annotated[bool, typer.Option("--redo", help="Do stages again that changed settings touch.")] = False,
+) -> None:
+    """Start a run, or continue it: the same command does both."""
+    from sparring import api, report, views
+
+    source, settings = _recipe(recipe, overrides or [], model, data, method, rounds)
+    with _resumable(context.obj):
+        view = api.run(source, settings, out=out, redo=redo)
+    page = report.write_report(view, view.path / "report.html")
+    _print(views.results(view))
+    typer.echo(f"report: {page}")
+
+
+def _stage_command(name: str, text: str) -> None:
+    def command(path: Run, t: RoundNumber) -> None:
+        from sparring import api, views
+
+        with _resumable(f"sparring {name} {path} --round {t}"):
+            view = api.run_stage(path, name, t)
+        _print(views.status(view))
+
+    command.__doc__ = text
+    app.command(name)(command)
+
+
+_stage_command("play", "One stage: this round's opponent answers the prompts.")
+_stage_command("pair", "One stage: samples and gold answers become groups.")
+_stage_command("freeze", "One stage: the frozen players' log-probs of the groups.")
+_stage_command("train", "One stage: groups to the next player.")
+_stage_command("eval", "One stage: evaluate the player that this round made.")
+
+
+@app.command()
+def status(path: Run) -> None:
+    """What is done, what it gave, how long it took."""
+    from sparring import views
+    from sparring.runview import RunView
+
+    _print(views.status(RunView(path)))
+
+
+@app.command()
+def show(
+    path: Run,
+    what: Annotated[str, typer.Argument(help="`samples` or `groups`.")] = "groups",
+    t: RoundNumber = 0,
+    number: Annotated[int, typer.Option("-n", min=1, help="How many.")] = 5,
+) -> None:
+    """Samples, or pairs side by side with what differs marked."""
+    from sparring import views
+    from sparring.runview import RunView
+
+    views_by_name = {"samples": views.show_samples, "groups": views.show_groups}
+    if what not in views_by_name:
+        raise InputError(f"show: `{what}` is unknown; write samples or groups")
+    _print(views_by_name[what](RunView(path), t, number))
+
+
+@app.command()
+def report(path: Run) -> None:
+    """Write the run's report.html."""
+    from sparring.report import write_report
+    from sparring.runview import RunView
+
+    typer.echo(f"report: {write_report(RunView(path), path / 'report.html')}")
+
+
+@app.command()
+def methods(name: Annotated[str | None, typer.Argument(help="A method's name, or ./file.py:name.")] = None) -> None:
+    """Every method: objective, paper, defaults; or one in full."""
+    from sparring import methods as known
+    from sparring import views
+
+    _print(views.method(name) if name else views.methods(known.names()))
+
+
+@app.command()
+def fork(
+    path: Run,
+    new: Annotated[Path, typer.Argument(metavar="NEW", help="The new run's directory.")],
+    overrides: Overrides = None,
+    t: Annotated[int | None, typer.Option("--round", help="Share nothing from this round on.")] = None,
+) -> None:
+    """A new run with other settings that shares every stage they do not touch."""
+    from sparring import api
+
+    shared = api.fork(path, new, overrides or [], t=t)
+    typer.echo(f"{new}: shares {', '.join(shared) or 'nothing'}; start it with: sparring run {new}")
+
+
+@app.command()
+def init(path: Annotated[str, typer.Argument(help="File to write; `-` prints it.")] = "recipe.yaml") -> None:
+    """Write a recipe with every key, its default and what it means."""
+    from sparring.init import recipe_text
+
+    if path == "-":
+        typer.echo(recipe_text(), nl=False)
+        return
+    if Path(path).exists():
+        raise InputError(f"{path}: exists already; give another name")
+    Path(path).write_text(recipe_text(), encoding="utf-8")
+    typer.echo(f"wrote {path}; set model.path and data.path, then: sparring check {path}")
+
+
+@app.command()
+def check(
+    recipe: Annotated[str | None, typer.Argument(metavar="[RECIPE|RUN]", help="A YAML recipe or a run.")] = None,
+    overrides: Overrides = None,
+    model: Annotated[str | None, typer.Option(help="model.path.")] = None,
+    data: Annotated[str | None, typer.Option(help="data.path.")] = None,
+) -> None:
+    """Show what would be trained on: tokens and loss mask, lengths, what is cut, overlap; loads no weights."""
+    from sparring import preview, views
+
+    source, settings = _recipe(recipe, overrides or [], model, data, None, None)
+    seen = preview.check(source, settings)
+    _print(views.check(seen.rendering.rows, seen.renderer, seen.counts, train=seen.train, heldout=seen.heldout))
+
+
+@app.command("try")
+def try_players(
+    path: Run,
+    players: Annotated[str, typer.Option(help="Players by number or `best`, with commas.")] = "0,best",
+    prompt: Annotated[str | None, typer.Option(help="Answer this one prompt and stop.")] = None,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Fix the randomness.")] = None,
+) -> None:
+    """Type a prompt, see the players answer side by side; an empty line or Ctrl-D ends it."""
+    from sparring import preview, views
+    from sparring.runview import RunView
+
+    view = RunView(path)
+    bench = preview.Bench(view, preview.chosen_players(view, players.split(",")))
+    for text in [prompt] if prompt is not None else _typed_prompts():
+        _print(views.answers(bench.answers(text, temperature=temperature, seed=seed)))
+
+
+def _typed_prompts() -> Iterator[str]:
+    while True:
+        try:
+            text = input("prompt> ")
+        except EOFError:
+            return
+        if not text.strip():
+            return
+        yield text
+
+
+def _recipe(
+    recipe: str | None,
+    overrides: Sequence[str],
+    model: str | None,
+    data: str | None,
+    method: str | None,
+    rounds: int | None,
+) -> tuple[Path | dict[str, Any], list[str]]:
+    """Flags and overrides on top of a recipe, a run or nothing."""
+    settings = list(overrides)
+    if recipe is not None and "=" in recipe and not Path(recipe).exists():
+        settings, recipe = [recipe, *settings], None
+    # JSON is YAML that stays text: a folder named 2024 is no number
+    paths = (("model.path", model), ("data.path", data))
+    settings += [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in paths if value is not None]
+    if method is not None or rounds is not None:
+        settings.insert(
+            0, f"rounds=[{json.dumps({'method': method or 'spin', 'repeat': rounds or 3}, ensure_ascii=False)}]"
+        )
+    if recipe is None and model is None and not any(s.startswith("model.path=") for s in settings):
+        raise InputError("give a recipe (`sparring init` writes one), a run to continue, or --model and --data")
+    return ({} if recipe is None else Path(recipe)), settings
+
+
+@contextmanager
+def _resumable(command: str) -> Iterator[None]:
+    """Ctrl-C and SIGTERM leave a run that the same command continues; say so."""
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"interrupted; nothing is lost, continue with: {command}") from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    console = Console()
+    # A pipe has no width; 80 columns would fold every table.
+    return console if console.is_terminal else Console(width=140)
+
+
+def _print(what: RenderableType) -> None:
+    _console().print(what)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

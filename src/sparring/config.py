@@ -1,0 +1,179 @@
+"""One typed, frozen tree per run, with every default and what it means; `recipe.py` makes it from YAML and flags.
+
+Fields marked `execution` say how, not what: they are recorded in the run but not part of any stage's identity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic.config import JsonDict
+
+Tree = dict[str, Any]
+
+
+def _doc(default: Any, description: str, *, execution: bool = False, **limits: Any) -> Any:
+    extra: JsonDict | None = {"execution": True} if execution else None
+    return Field(default, description=description, json_schema_extra=extra, **limits)
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _yes_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        # YAML reads `yes` and `on` as true, which would pass as 1.
+        if isinstance(value, bool) and "bool" not in str(cls.model_fields[str(info.field_name)].annotation):
+            raise ValueError("a number or text is wanted")
+        return value
+
+    def identity(self) -> Tree:
+        """The fields that change results, for a stage's hash."""
+        return {
+            name: getattr(self, name)
+            for name, spec in type(self).model_fields.items()
+            if not (isinstance(spec.json_schema_extra, dict) and spec.json_schema_extra.get("execution"))
+        }
+
+
+class ModelConfig(Section):
+    path: str = _doc("", "Where self-play starts: a local Hugging Face folder or a Hub id. Required.")
+    revision: str | None = _doc(None, "Hub revision; pin it, published checkpoints have been replaced.")
+    chat_template: str | None = _doc(
+        None, "A Jinja file that replaces the tokenizer's chat template, or `plain` for the format without one."
+    )
+    compute: Literal["auto", "float32", "bfloat16", "float64"] = _doc(
+        "auto", "Precision of forward passes; weights stay float32 masters. auto: bfloat16 on CUDA, else float32."
+    )
+    attention: str | None = _doc(None, "transformers' attn_implementation; None leaves its choice.", execution=True)
+    device: str = _doc("auto", "`auto`, `cpu`, `cuda` or `cuda:N`.", execution=True)
+    threads: int | None = _doc(None, "CPU threads of torch; None leaves torch's choice.", execution=True, gt=0)
+    trust_remote_code: bool = _doc(False, "Let a model repository run its own Python. Off unless you trust it.")
+
+
+class DataConfig(Section):
+    path: str = _doc("", "JSONL, JSON, Parquet or CSV file, `datasets` folder, or Hub id. Required.")
+    name: str | None = _doc(None, "Configuration name of a Hub data set.")
+    split: str = _doc("train", "Split to train on, for sources that have splits.")
+    format: Literal["auto", "messages", "prompt_completion", "question_answer", "alpaca", "sharegpt", "spin"] = _doc(
+        "auto", "Row format; auto tells it from the column names."
+    )
+    columns: dict[str, str] = _doc(
+        {}, "For other column names, ours to yours: prompt, completion, system, messages, generated."
+    )
+    limit: int | None = _doc(None, "Use at most this many training examples, the first after a seeded shuffle.", gt=0)
+    heldout: str | None = _doc(None, "File of held-out examples; otherwise they are taken from the training data.")
+    heldout_split: str | None = _doc(None, "Split that holds them, in `heldout` or else in `path`.")
+    heldout_size: int | float = _doc(
+        0.05, "Without a given split: how many (int) or which share (float) to hold out, chosen by seed.", ge=0
+    )
+    gold_only: bool = _doc(False, "Ignore a `generated` column instead of taking it as round 0's samples.")
+    on_bad_row: Literal["fail", "skip"] = _doc("fail", "Stop at a bad row, or skip and count it.")
+    max_prompt_tokens: int | None = _doc(
+        None, "Longest prompt; None: the model's context less the longest answer.", gt=0
+    )
+    max_answer_tokens: int | None = _doc(
+        None, "Longest trained answer; None: what the context leaves after the prompt.", gt=0
+    )
+    long_prompt: Literal["fail", "drop", "keep_end"] = _doc(
+        "fail", "A prompt over the limit: stop, drop the row, or keep its end; counted and reported."
+    )
+    long_answer: Literal["cut", "drop"] = _doc(
+        "cut", "A gold answer over the limit: cut it (it then gets no end token) or drop the row; counted and reported."
+    )
+
+
+class PlayConfig(Section):
+    samples: int = _doc(1, "Answers per prompt.", gt=0)
+    temperature: float = _doc(1.0, "Sampling temperature; 0 is greedy. The paper: 1.", ge=0)
+    top_p: float = _doc(1.0, "Nucleus sampling; 1 is off. The paper: 1.", gt=0, le=1)
+    top_k: int = _doc(0, "Keep the k likeliest tokens; 0 is off.", ge=0)
+    max_new_tokens: int = _doc(256, "Longest answer, in tokens; a longer one is cut and gets no end token.", gt=0)
+    batch_size: int = _doc(64, "Prompts decoded together.", execution=True, gt=0)
+    chunk: int = _doc(512, "Prompts per written shard: what a killed run can lose.", gt=0)
+
+
+class TrainConfig(Section):
+    optimizer: Literal["rmsprop", "adamw"] = _doc("rmsprop", "rmsprop (the paper) or adamw.")
+    lr: float = _doc(5e-7, "Peak learning rate. The paper: 5e-7, 5e-7, 1e-7, 1e-7.", gt=0)
+    betas: tuple[float, float] = _doc((0.9, 0.999), "AdamW's betas.")
+    eps: float = _doc(1e-8, "The optimizer's epsilon.", gt=0)
+    weight_decay: float = _doc(
+        0.0, "Decoupled (AdamW) or L2 (RMSprop) decay of matrices; norms and biases have none.", ge=0
+    )
+    schedule: Literal["linear", "cosine", "constant"] = _doc("linear", "Learning rate after warm-up.")
+    floor: float = _doc(0.0, "Share of the peak at which linear and cosine schedules end.", ge=0, le=1)
+    warmup: float = _doc(0.1, "Warm-up: a share of all steps below 1, else a number of steps.", ge=0)
+    epochs: int = _doc(2, "Passes over the round's groups. The paper: 2.", gt=0)
+    max_steps: int | None = _doc(None, "Stop after this many steps; the schedule spans them.", gt=0)
+    batch_size: int = _doc(64, "Groups per optimizer step. The paper: 64.", gt=0)
+    micro_batch: int = _doc(8, "Groups per forward pass; does not change the objective.", execution=True, gt=0)
+    clip: float = _doc(1.0, "Clip the gradient's norm to this; 0 is off.", ge=0)
+    gradient_checkpointing: bool = _doc(
+        False, "Recompute activations: less memory, about a third more time.", execution=True
+    )
+    save_every: int = _doc(100, "Steps between resumable states: what a killed run can lose.", execution=True, gt=0)
+    log_every: int = _doc(1, "Steps between log lines.", execution=True, gt=0)
+
+    @field_validator("betas")
+    @classmethod
+    def _betas_below_one(cls, betas: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= b < 1 for b in betas):
+            raise ValueError("both must lie in [0, 1)")
+        return betas
+
+
+class EvaluateConfig(Section):
+    verifier: str | None = _doc(
+        None, "`gsm8k`, an entry point's name or `./file.py:name`: checks answers to held-out prompts."
+    )
+    limit: int = _doc(500, "Held-out examples used, the first after the seeded shuffle.", gt=0)
+    samples: int = _doc(1, "Sampled answers per held-out prompt, beside the greedy one.", ge=0)
+    temperature: float = _doc(1.0, "Their temperature.", gt=0)
+    best: Literal["auto", "sampled", "greedy", "gold_nll", "last"] = _doc(
+        "auto",
+        "What `best` is chosen by. auto: sampled accuracy where a verifier is given, else the last player.",
+        execution=True,
+    )
+
+
+class Round(Section):
+    """One round, every per-round list resolved."""
+
+    method: str
+    hyper: Tree
+    limit: int | None = Field(None, gt=0)
+    """Use the first so many training examples only."""
+    play: PlayConfig
+    train: TrainConfig
+
+
+class Config(Section):
+    run: str = _doc("runs/spin", "The run's directory.", execution=True)
+    seed: int = _doc(0, "Seeds data order, held-out split and sampling.", ge=0)
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    play: PlayConfig = PlayConfig()
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    rounds: tuple[Round, ...] = ()
+    keep_states: bool = _doc(False, "Keep the optimizer state of finished rounds.", execution=True)
+
+
+SECTIONS: dict[str, type[Section]] = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "play": PlayConfig,
+    "train": TrainConfig,
+    "evaluate": EvaluateConfig,
+}
+
+
+def fields(section: type[Section]) -> Iterator[tuple[str, Any, str]]:
+    """Name, default and documentation of a section's keys, in order."""
+    for name, spec in section.model_fields.items():
+        if spec.description:
+            yield name, spec.default, spec.description

@@ -1,0 +1,269 @@
+"""One row to one `Example`: every format becomes a list of turns, and the last assistant turn is the answer."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import itertools
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from sparring.data_files import BadRow, kind, show
+from sparring.errors import InputError
+from sparring.nearest import nearest
+from sparring.types import Example, Message
+
+if TYPE_CHECKING:
+    from sparring.config import DataConfig
+
+FORMATS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "messages": {"messages": ("messages",)},
+    "prompt_completion": {"prompt": ("prompt",), "completion": ("completion", "response")},
+    "question_answer": {"prompt": ("question",), "completion": ("answer",)},
+    "alpaca": {"prompt": ("instruction",), "completion": ("output", "response")},
+    "sharegpt": {"messages": ("conversations",)},
+    "spin": {"messages": ("real",)},
+}
+"""Format to the columns it needs, ours to the names people use; `system` and `generated` may stand beside any."""
+
+_KEYS = ("prompt", "completion", "system", "messages", "generated")
+_ROLES = {"human": "user", "gpt": "assistant"}
+_SPEAKERS = ("human", "gpt", "system", "user", "assistant")
+_WAY_OUT = "name yours with data.columns.prompt=… and data.columns.completion=… (or data.columns.messages=…)"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which column of a row is which: either `messages`, or `prompt` and `completion`."""
+
+    messages: str | None
+    prompt: str | None
+    completion: str | None
+    input: str | None
+    """Alpaca's second half of the prompt."""
+    system: str
+    generated: str
+
+
+def check_columns(config: DataConfig) -> None:
+    """Refuse a column map that no format can use. Raises InputError."""
+    for key in config.columns:
+        if key not in _KEYS:
+            near, known = nearest(key, _KEYS), ", ".join(_KEYS)
+            raise InputError(f"data.columns.{key}: unknown column; the nearest is `{near}`; known are {known}")
+    candidates = _candidates(config.format, config.columns)
+    for key in ("prompt", "completion", "messages"):
+        if key in config.columns and not any(key in FORMATS[name] for name in candidates):
+            raise InputError(
+                f"data.columns.{key}: format {candidates[0]} has no such column; leave it out or set data.format"
+            )
+
+
+def parse(row: Mapping[str, Any] | BadRow, where: str, config: DataConfig) -> Example:
+    """Turn a row into an example; columns that are not used go to `meta`. Raises BadRow: what is wrong with it."""
+    if isinstance(row, BadRow):
+        raise row
+    columns = layout(frozenset(row), config.format, tuple(sorted(config.columns.items())))
+    turns = _turns(row, columns)
+    gold = turns.pop()
+    answer = None if config.gold_only else _generated(row.get(columns.generated), columns.generated, turns)
+    turns = _with_system(row.get(columns.system), columns.system, turns)
+    used = {*vars(columns).values()}
+    try:
+        meta = {_text(key, "a column's name"): _plain(value, key) for key, value in row.items() if key not in used}
+    except RecursionError:
+        raise BadRow("a column is nested too deeply") from None
+    identity = prompt_identity(turns)
+    return Example(content_id([identity, gold.content]), tuple(turns), gold.content, answer, meta, where)
+
+
+def prompt_identity(messages: Sequence[Message]) -> list[tuple[str, str]]:
+    """What makes two prompts the same: roles and texts."""
+    return [(message.role, message.content) for message in messages]
+
+
+def content_id(value: Any) -> str:
+    """24 hex digits of the sha256 of a value's compact ASCII JSON: the same on every machine."""
+    return hashlib.sha256(json.dumps(value, separators=(",", ":")).encode()).hexdigest()[:24]
+
+
+def _candidates(form: str, names: Mapping[str, str]) -> tuple[str, ...]:
+    if form != "auto":
+        return (form,)
+    if "messages" in names:
+        return ("messages",)
+    return ("prompt_completion",) if {"prompt", "completion"} <= names.keys() else tuple(FORMATS)
+
+
+@lru_cache(maxsize=256)
+def layout(columns: frozenset[str], form: str, mapped: tuple[tuple[str, str], ...]) -> Layout:
+    """Tell from a row's column names which is which. Raises BadRow where none or several formats fit."""
+    names = dict(mapped)
+    formats = {
+        name: {key: (names[key],) if key in names else usual for key, usual in FORMATS[name].items()}
+        for name in _candidates(form, names)
+    }
+    found: dict[Layout, str] = {}
+    for name, wanted in formats.items():
+        for choice in itertools.product(*([c for c in usual if c in columns] for usual in wanted.values())):
+            part = dict(zip(wanted, choice, strict=True))
+            fit = Layout(
+                messages=part.get("messages"),
+                prompt=part.get("prompt"),
+                completion=part.get("completion"),
+                input="input" if name == "alpaca" and "input" in columns else None,
+                system=names.get("system", "system"),
+                generated=names.get("generated", "generated"),
+            )
+            found[fit] = f"{name}: {' + '.join(map(show, choice))}"
+    if len(found) > 1:
+        raise BadRow(f"several formats or columns fit ({'; '.join(found.values())}): set data.format, or {_WAY_OUT}")
+    if not found:
+        raise BadRow(_no_format(columns, formats))
+    return next(iter(found))
+
+
+def _no_format(columns: frozenset[str], formats: Mapping[str, Mapping[str, tuple[str, ...]]]) -> str:
+    if not columns:
+        return "the row has no columns"
+    known = sorted({name for wanted in formats.values() for usual in wanted.values() for name in usual})
+    prompts = sorted({name for wanted in formats.values() for name in wanted.get("prompt", ()) if name in columns})
+    near_ones = [
+        f"{show(near[0])} for {show(theirs)}"
+        for theirs in sorted(columns - set(known))
+        if (near := difflib.get_close_matches(theirs.lower(), known, 1))
+    ]
+    shown = ", ".join(map(show, sorted(columns)[:12])) + (", …" if len(columns) > 12 else "")
+    needs = (f"{name} ({' + '.join('|'.join(usual) for usual in wanted.values())})" for name, wanted in formats.items())
+    parts = [
+        f"no answer column beside {show(prompts[0])}: found {shown}" if prompts else f"no known format: found {shown}",
+        *([f"the nearest known are {', '.join(near_ones)}"] if near_ones else []),
+        f"formats are {', '.join(needs)}",
+        _WAY_OUT,
+    ]
+    return "; ".join(parts)
+
+
+def _turns(row: Mapping[str, Any], columns: Layout) -> list[Message]:
+    """The conversation up to and including its last assistant turn, which holds text, as does the prompt."""
+    if columns.messages is not None:
+        column = columns.messages
+        turns = _conversation(row[column], column)
+    else:
+        assert columns.prompt is not None and columns.completion is not None
+        column = columns.completion
+        turns = _side(_prompt(row, columns), columns.prompt, "user") + _side(row[column], column, "assistant")
+    turns = turns[: _last_assistant(turns, column) + 1]
+    if not turns[-1].content.strip():
+        raise BadRow(f"no answer: the last assistant turn of {show(column)} is empty")
+    if not any(turn.content.strip() for turn in turns[:-1] if turn.role != "system"):
+        raise BadRow(f"empty prompt: nothing is said in {show(columns.prompt or column)} before the answer")
+    return turns
+
+
+def _last_assistant(turns: Sequence[Message], column: str) -> int:
+    places = [index for index, turn in enumerate(turns) if turn.role == "assistant"]
+    if not places:
+        raise BadRow(f"no answer: {show(column)} has no assistant turn")
+    return places[-1]
+
+
+def _prompt(row: Mapping[str, Any], columns: Layout) -> Any:
+    value = row[columns.prompt or ""]
+    extra = row[columns.input] if columns.input else None
+    if _absent(extra):
+        return value
+    second = _text(extra, show(columns.input or ""))
+    return second if _absent(value) else _text(value, show(columns.prompt or "")) + "\n\n" + second
+
+
+def _side(value: Any, column: str, role: str) -> list[Message]:
+    """A prompt or completion: a text is one turn, a list is its turns."""
+    if _absent(value):
+        raise BadRow(f"{'empty prompt' if role == 'user' else 'no answer'}: {show(column)} is empty")
+    if not isinstance(value, list):
+        return [Message(role, _text(value, show(column)))]
+    turns = _conversation(value, column)
+    if role == "assistant":
+        _last_assistant(turns, column)
+    return turns
+
+
+def _conversation(value: Any, column: str) -> list[Message]:
+    if _absent(value):
+        raise BadRow(f"no answer: {show(column)} is empty")
+    if not isinstance(value, list):
+        raise BadRow(f"{show(column)} is {kind(value)}, not a list of turns")
+    return [_turn(turn, f"turn {number} of {show(column)}") for number, turn in enumerate(value, 1)]
+
+
+def _turn(turn: Any, what: str) -> Message:
+    if not isinstance(turn, dict):
+        raise BadRow(f"{what} is {kind(turn)}, not an object with `role` and `content`")
+    sharegpt = "from" in turn and "role" not in turn
+    role_key, text_key = ("from", "value") if sharegpt else ("role", "content")
+    if role_key not in turn or text_key not in turn:
+        keys = ", ".join(map(show, turn)) or "nothing"
+        raise BadRow(f"{what} needs `role` and `content` (or `from` and `value`); it has {keys}")
+    role = _text(turn[role_key], f"`{role_key}` in {what}")
+    if sharegpt and role not in _SPEAKERS:
+        raise BadRow(f"{what} is from {show(role)}; known are {', '.join(_SPEAKERS)}")
+    return Message(_ROLES.get(role, role), _text(turn[text_key], f"`{text_key}` in {what}"))
+
+
+def _generated(value: Any, column: str, prompt: Sequence[Message]) -> str | None:
+    """The answer that came with the row; SPIN writes it as a conversation with the same prompt."""
+    if _absent(value):
+        return None
+    if not isinstance(value, list):
+        return _text(value, show(column))
+    turns = _conversation(value, column)
+    last = _last_assistant(turns, column)
+    if last and turns[:last] != list(prompt):
+        raise BadRow(f"{show(column)} answers another prompt than the gold answer; data.gold_only=true ignores it")
+    return turns[last].content if turns[last].content.strip() else None
+
+
+def _with_system(value: Any, column: str, turns: list[Message]) -> list[Message]:
+    if _absent(value):
+        return turns
+    system = Message("system", _text(value, show(column)))
+    if turns[0].role != "system":
+        return [system, *turns]
+    if turns[0] != system:
+        raise BadRow(f"two system prompts: {show(column)} and the first turn differ; keep one of them")
+    return turns
+
+
+def _absent(value: Any) -> bool:
+    """None, blank text, an empty list, or the NaN that stands for none in many a Parquet file."""
+    if isinstance(value, str):
+        return not value.strip()
+    return value is None or (isinstance(value, float) and math.isnan(value)) or value == []
+
+
+def _text(value: Any, what: str) -> str:
+    if not isinstance(value, str):
+        raise BadRow(f"{what} is {kind(value)}, not text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise BadRow(f"{what} holds a lone surrogate at character {error.start + 1}, which UTF-8 cannot hold") from None
+    return value
+
+
+def _plain(value: Any, column: str) -> Any:
+    """A value that JSON can hold: NaN becomes None, dates and the like become text."""
+    if value is None or isinstance(value, (bool, int)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, (list, tuple)):
+        return [_plain(item, column) for item in value]
+    if isinstance(value, dict):
+        return {_text(key, show(column)): _plain(item, column) for key, item in value.items()}
+    return _text(value if isinstance(value, str) else str(value), show(column))

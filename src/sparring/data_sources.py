@@ -1,0 +1,173 @@
+"""Where rows come from: a file, a folder of files, a `datasets` folder or the Hub, read one row at a time."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from sparring.data_files import BATCH, SUFFIXES, Row, file_rows, table_rows
+from sparring.errors import InputError
+
+_LOCAL_SUFFIXES = (*SUFFIXES, ".tsv", ".txt", ".arrow", ".gz", ".zip", ".zst")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_SPLIT_WORDS = ("train", "test", "validation", "valid", "val", "dev", "eval")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set that was found, before any row is read."""
+
+    kind: Literal["files", "saved", "hub"]
+    name: str
+    """The path as given (for one split of a saved DatasetDict: its folder), or the Hub id."""
+    files: tuple[Path, ...] = ()
+    """The files that hold the rows; none for the Hub."""
+    split: str | None = None
+    config: str | None = None
+    """Configuration name on the Hub."""
+
+
+def find(spec: str, split: str | None, config: str | None = None) -> Source:
+    """Tell what a path or Hub id is, without reading rows.
+
+    `split` None takes what has one split only. Whatever looks like a path is never looked up on the Hub.
+    Raises InputError for a missing file, an unknown suffix, a folder without data and an unknown split.
+    """
+    if not spec:
+        raise InputError("data.path: missing: name a JSONL, JSON, Parquet or CSV file, a `datasets` folder or a Hub id")
+    path = Path(os.path.expanduser(spec))
+    if not os.path.exists(path):
+        if _is_hub_id(spec):
+            return Source("hub", spec, split=split or "train", config=config)
+        raise InputError(f"{spec}: no such file; {_nearby(path)}")
+    if path.is_dir():
+        return _find_in_folder(path, split)
+    if path.suffix.lower() not in SUFFIXES:
+        raise InputError(f"{spec}: unknown suffix `{path.suffix}`; known are {' '.join(SUFFIXES)}")
+    if split not in (None, "train"):
+        raise InputError(f"{spec}: one file has no split `{split}`; name that split's own file instead")
+    return Source("files", spec, (path,))
+
+
+def rows(source: Source) -> Iterator[Row]:
+    """Read a source row by row; a JSONL, CSV or Parquet file is never held as a whole.
+
+    A broken row comes out as `BadRow`. Raises InputError where no later row can be trusted.
+    """
+    if source.kind == "files":
+        for path in source.files:
+            yield from file_rows(path)
+        return
+    data = _open(source)
+    name = source.name if source.kind == "saved" else f"{source.name}:{source.split}"
+    # The Arrow format hands over stored values: images and audio are not decoded, which would need more libraries.
+    yield from table_rows(name, data.with_format("arrow").iter(BATCH))
+
+
+def digest(source: Source) -> dict[str, str]:
+    """Identify the contents: each file's sha256, or for the Hub the fingerprint of the prepared split."""
+    if source.kind == "hub":
+        return {f"{source.name}:{source.split}": str(_open(source)._fingerprint)}
+    found = {}
+    for path in source.files:
+        try:
+            with path.open("rb") as file:
+                found[str(path)] = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise InputError(f"{path}: cannot read it: {error.strerror}") from None
+    return found
+
+
+def _open(source: Source) -> Any:
+    import datasets
+
+    try:
+        if source.kind == "saved":
+            return datasets.load_from_disk(source.name)
+        return datasets.load_dataset(source.name, source.config, split=source.split)
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        what = "this `datasets` folder" if source.kind == "saved" else "no such local file; as a Hub data set it"
+        raise InputError(f"{source.name}: {what} cannot be loaded: {reason}") from None
+
+
+def _is_hub_id(spec: str) -> bool:
+    first = spec.split("/")[0]
+    return (
+        _HUB_ID.fullmatch(spec) is not None
+        and Path(spec).suffix.lower() not in _LOCAL_SUFFIXES
+        and not os.path.exists(first)  # also `.` and `..`
+    )
+
+
+def _nearby(path: Path) -> str:
+    if not path.parent.is_dir():
+        return f"nor is there a folder `{path.parent}`; a Hub id is written owner/name"
+    near = difflib.get_close_matches(path.name, os.listdir(path.parent), 1)
+    return f"the nearest is `{path.parent / near[0]}`" if near else "check the path; a Hub id is written owner/name"
+
+
+def _find_in_folder(folder: Path, split: str | None) -> Source:
+    if (folder / "dataset_dict.json").is_file():
+        splits = _read_json_object(folder / "dataset_dict.json").get("splits") or []
+        split = splits[0] if split is None and len(splits) == 1 else split
+        if split not in splits:
+            known = ", ".join(splits)
+            raise InputError(f"{folder}: no split `{split}`; it has {known}; set data.split or data.heldout_split")
+        return _saved(folder / str(split))
+    if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
+        if split not in (None, "train"):
+            raise InputError(f"{folder}: no split `{split}` in one saved data set; name that split's own folder")
+        return _saved(folder)
+    files = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in SUFFIXES
+        and path.is_file()
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        and path.name not in ("dataset_info.json", "dataset_infos.json")
+    )
+    if not files:
+        raise InputError(f"{folder}: a folder without data; it needs files that end in {' '.join(SUFFIXES)}")
+    return Source("files", str(folder), tuple(files if split is None else _of_split(folder, files, split)))
+
+
+def _saved(folder: Path) -> Source:
+    shards = _read_json_object(folder / "state.json").get("_data_files") or []
+    return Source("saved", str(folder), tuple(folder / str(shard["filename"]) for shard in shards))
+
+
+def _of_split(folder: Path, files: list[Path], split: str) -> list[Path]:
+    """Files or folders named for the split; else those with the word in their name; else all, if no name has any.
+
+    So `train-00000-of-00002.parquet` counts as exact, and `train_sft.jsonl` is taken where no file is just `train`.
+    """
+    names = {path: [*path.relative_to(folder).parts[:-1], path.stem] for path in files}
+    words = {path: set(re.split(r"[^a-z]+", "/".join(parts).lower())) for path, parts in names.items()}
+    exact = re.compile(re.escape(split) + r"([-_.]?\d.*)?")
+    strict = [path for path in files if any(exact.fullmatch(part) for part in names[path])]
+    chosen = strict or [path for path in files if split.lower() in words[path]]
+    known = sorted({word for path in files for word in words[path] if word in _SPLIT_WORDS})
+    if chosen or (split == "train" and not known):
+        return chosen or files
+    raise InputError(
+        f"{folder}: no file of split `{split}`; "
+        f"{'it has ' + ', '.join(known) if known else 'no file is named after a split'}; name the file itself"
+    )
+
+
+def _read_json_object(path: Path) -> dict[str, Any]:
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not a readable `datasets` folder: {error}") from None
+    if not isinstance(tree, dict):
+        raise InputError(f"{path}: not a readable `datasets` folder: not an object")
+    return tree

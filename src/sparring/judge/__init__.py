@@ -1,0 +1,1 @@
+"""Judges say of an answer what it is worth: `verify` holds exact checks."""

@@ -1,0 +1,56 @@
+"""SPIN: the data set's answers against the opponent's own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+from torch import Tensor
+
+from sparring.losses import CONVEX, margin, pair_columns, pair_metrics
+from sparring.methods import choice
+from sparring.pair import gold_against_samples
+from sparring.types import Batch, LogProbs, Method, Paired, Rendered, Sample
+
+
+def method(
+    *,
+    beta: float = 0.1,
+    loss: str = "logistic",
+    memory: int = 0,
+    memory_weight: float = 1.0,
+    duplicates: str = "weight",
+) -> Method:
+    """The learner prefers gold answers to those of the player it started from (opponent = reference = start).
+
+    beta: the paper's λ; its recipe is 0.1, 0.1, 0.1, 5.0. Below 1/2 the exact minimiser overshoots (Theorem 5.4), so
+        small values rely on small learning rates.
+    loss: logistic (the paper's), hinge, exponential or correlation.
+    memory: earlier rounds whose pairs are trained on again, each with `memory_weight`; the paper's recipe is 1.
+        Their frozen log-probs are taken against this round's opponent.
+    duplicates: equal samples of one prompt: `weight` counts them, `drop` keeps one.
+    """
+    convex = choice("loss", loss, CONVEX)
+    choice("duplicates", duplicates, {"weight": 0, "drop": 0})
+
+    def roles(t: int) -> Mapping[str, int]:
+        return {"opponent": t, "reference": t, "start": t}
+
+    def groups(rows: Sequence[Rendered], samples: Sequence[Sample], t: int) -> Paired:
+        return gold_against_samples(rows, samples, t, duplicates=duplicates)
+
+    def objective(policy: LogProbs, batch: Batch) -> Tensor:
+        gold, sample = pair_columns(policy.sum_BG, batch.targets_BG)
+        gold_t, sample_t = pair_columns(batch.frozen["reference"].sum_BG, batch.targets_BG)
+        return convex(beta * margin(gold, sample, gold_t, sample_t))
+
+    return Method(
+        name="spin",
+        paper="Chen et al. 2024, arXiv 2401.01335, Eq. 4.7 and Algorithm 1",
+        roles=roles,
+        groups=groups,
+        loss=objective,
+        metrics=partial(pair_metrics, beta=beta),
+        memory=(memory_weight,) * memory,
+        pairing={"duplicates": duplicates},
+    )

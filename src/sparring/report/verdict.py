@@ -1,0 +1,137 @@
+"""What a run came to, in one sentence: the best player, its gain over player 0 and whether that is more than noise."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sparring.runview import RunView
+
+Z95 = 1.96
+"""Half-width of a 95 % interval in standard errors."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    sentence: str
+    detail: str
+    """How the interval was made and how the best player was chosen."""
+
+
+@dataclass(frozen=True)
+class Gain:
+    mean: float
+    se: float
+    how: str
+    """`paired over N prompts` or `unpaired`."""
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        return self.mean - Z95 * self.se, self.mean + Z95 * self.se
+
+    @property
+    def noise(self) -> bool:
+        low, high = self.interval
+        return low <= 0 <= high
+
+
+def verdict(run: RunView, figures: Mapping[int, Mapping[str, Any]] | None = None) -> Verdict:
+    """The run's sentence. Accuracies in percentage points, gold_nll in nats per answer, intervals of 95 %.
+
+    `figures` replaces the run's own evaluation summaries; without their items the interval is then unpaired.
+    """
+    known = dict(figures) if figures else {n: s for n in sorted(run.players) if (s := run.evaluation(n))}
+    if not known:
+        return Verdict("No player has been evaluated yet.", "")
+    best = run.best if run.best is not None and run.best in known else max(known)
+    key = _figure_to_tell(run, known[best])
+    if key is None:
+        return Verdict(f"Player {best} was evaluated, but on no answer that could be checked or scored.", "")
+    gain = _gain(run, known, best, key)
+    detail = " ".join([_chosen(run, known[best]), f"The 95 % interval is {gain.how}." if gain else ""]).strip()
+    tell = _gold_sentence if key == "gold_nll" else _accuracy_sentence
+    return Verdict(tell(best, known, key, gain), detail)
+
+
+def _figure_to_tell(run: RunView, summary: Mapping[str, Any]) -> str | None:
+    first = "greedy" if run.config.evaluate.best == "greedy" else "sampled"
+    return next((key for key in (first, "sampled", "greedy", "gold_nll") if summary.get(key)), None)
+
+
+def _gain(run: RunView, known: Mapping[int, Mapping[str, Any]], best: int, key: str) -> Gain | None:
+    """The best player's figure less player 0's: paired by prompt where every item of both is kept, else unpaired."""
+    if best == 0 or not known.get(0, {}).get(key):
+        return None
+    start, end = known[0][key], known[best][key]
+    paired = _paired(_by_example(run, 0, key), _by_example(run, best, key))
+    if paired and math.isclose(paired.mean, end["mean"] - start["mean"], abs_tol=1e-6):
+        return paired
+    if start.get("se") is None or end.get("se") is None:
+        return None
+    return Gain(end["mean"] - start["mean"], math.hypot(start["se"], end["se"]), "unpaired")
+
+
+def _by_example(run: RunView, player: int, key: str) -> dict[str, float]:
+    """Example id to the player's mean figure on it."""
+    values: dict[str, list[float]] = {}
+    for item in run.items(player):
+        if key == "gold_nll" and item.kind == "gold":
+            values.setdefault(item.example_id, []).append(-sum(item.logps))
+        elif item.kind == key and item.right is not None:
+            values.setdefault(item.example_id, []).append(float(item.right))
+    return {name: fmean(found) for name, found in values.items()}
+
+
+def _paired(start: Mapping[str, float], end: Mapping[str, float]) -> Gain | None:
+    if len(start) < 2 or start.keys() != end.keys():
+        return None
+    gains = [end[name] - start[name] for name in start]
+    return Gain(fmean(gains), stdev(gains) / math.sqrt(len(gains)), f"paired over {len(gains)} prompts")
+
+
+def _accuracy_sentence(best: int, known: Mapping[int, Mapping[str, Any]], key: str, gain: Gain | None) -> str:
+    how = "when sampling" if key == "sampled" else "when decoding greedily"
+    share = f"{100 * known[best][key]['mean']:.1f} % of held-out prompts right {how}"
+    if best == 0:
+        return (
+            f"No round improved on player 0, which answers {share}." if len(known) > 1 else f"Player 0 answers {share}."
+        )
+    if gain is None:
+        return f"Player {best} answers {share}; there is no figure of player 0 to compare it with."
+    side = "above" if gain.mean >= 0 else "below"
+    low, high = (_signed(100 * end, 1) for end in gain.interval)
+    noise = "within noise, " if gain.noise else ""
+    return (
+        f"Player {best} answers {share}, {abs(100 * gain.mean):.1f} points {side} player 0 "
+        f"({noise}95 % interval {low} to {high})."
+    )
+
+
+def _gold_sentence(best: int, known: Mapping[int, Mapping[str, Any]], key: str, gain: Gain | None) -> str:
+    cost = f"{known[best][key]['mean']:.2f} nats each under player {best}"
+    start = f"No answer was checked, as there is no verifier; the held-out gold answers cost {cost}"
+    if gain is None:
+        return f"{start}."
+    side = "less" if gain.mean <= 0 else "more"
+    low, high = (_signed(end, 2) for end in gain.interval)
+    noise = "within noise, " if gain.noise else ""
+    interval = f"{noise}95 % interval {low} to {high}; lower is better"
+    return f"{start}, {abs(gain.mean):.2f} {side} than under player 0 ({interval})."
+
+
+def _chosen(run: RunView, summary: Mapping[str, Any]) -> str:
+    if run.best is None:
+        return "No best player has been chosen yet; this is the last one evaluated."
+    rule = run.config.evaluate.best
+    if rule == "auto":
+        rule = "sampled" if summary.get("sampled") else "last"
+    named = {"sampled": "sampled accuracy", "greedy": "greedy accuracy", "gold_nll": "gold_nll", "last": ""}[rule]
+    return f"The best player was chosen by held-out {named}." if named else "The last player counts as the best."
+
+
+def _signed(value: float, digits: int) -> str:
+    return f"{value:+.{digits}f}".replace("-", "\u2212")

@@ -1,0 +1,173 @@
+"""Reading a run: what status, show, report and try look at; nothing here writes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from sparring import methods
+from sparring.config import Config
+from sparring.errors import InputError
+from sparring.plan import FORMAT, round_folder
+from sparring.recipe import load, read_recipe
+from sparring.rundir import best_target
+from sparring.states import read_log
+from sparring.store import Rows, read_json
+from sparring.types import Example, Player
+
+if TYPE_CHECKING:
+    from sparring.evaluate import Item
+
+T = TypeVar("T")
+STAGES = ("samples", "groups", "frozen", "player", "eval")
+
+
+class RoundView:
+    """One round of a run on disk."""
+
+    def __init__(self, path: Path, t: int, method: str, hyper: dict[str, Any]) -> None:
+        self.path, self.t, self.method, self.hyper = path, t, method, hyper
+
+    @property
+    def stages(self) -> dict[str, str]:
+        """Stage name to `done`, `partial` or `-`."""
+        return {name: _state(self.path / name) for name in STAGES}
+
+    @property
+    def roles(self) -> dict[str, Player]:
+        file = self.path / "roles.json"
+        return {role: Player(**fields) for role, fields in read_json(file).items()} if file.exists() else {}
+
+    @property
+    def log(self) -> list[dict[str, float]]:
+        """Training log: one row per step."""
+        file = self.path / "train" / "log.jsonl"
+        return read_log(file) if file.exists() else []
+
+    @property
+    def counts(self) -> dict[str, dict[str, Any]]:
+        """Stage name to what it counted."""
+        return {name: record["counts"] for name, record in self._records()}
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Stage name to the seconds it took."""
+        return {name: record["seconds"] for name, record in self._records()}
+
+    def rows(self, stage: str, row_type: type[T]) -> Sequence[T]:
+        """The rows of a finished stage. Raises InputError where it is not done."""
+        if _state(self.path / stage) != "done":
+            raise InputError(f"{self.path / stage}: this stage is not done yet; `sparring status` shows what is")
+        return Rows(self.path / stage, row_type)
+
+    def _records(self) -> Iterator[tuple[str, Any]]:
+        for name in STAGES:
+            file = self.path / name / "stage.json"
+            if file.exists():
+                yield name, read_json(file)
+
+
+class RunView:
+    """A run on disk. Raises InputError where the folder is none, or was made by a newer version."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self.recipe = read_run_recipe(self.path)
+        self.env: dict[str, Any] = read_json(self.path / "env.json")
+        self.config: Config = load(self.recipe, methods.signature)
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @cached_property
+    def rounds(self) -> list[RoundView]:
+        made = [methods.make(r.method, r.hyper) for r in self.config.rounds]
+        plays = [m.plays is not None for m in made]
+        first = -plays.index(True) if any(plays) else 0
+        return [
+            RoundView(self.path / round_folder(first + i, first), first + i, made[i].name, r.hyper)
+            for i, r in enumerate(self.config.rounds)
+        ]
+
+    @property
+    def players(self) -> dict[int, Player]:
+        """Number to player, those that exist."""
+        found = {}
+        start = self.path / "start" / "player.json"
+        if start.exists():
+            found[self.rounds[0].t] = Player(**read_json(start))
+        for r in self.rounds:
+            file = r.path / "player" / "stage.json"
+            if file.exists():
+                sha = read_json(file)["counts"]["sha"]
+                found[r.t + 1] = Player(str(r.path / "player"), r.t + 1, sha)
+        return found
+
+    def made_by(self, number: int) -> str:
+        """The method that made a player; `given` for the one the run was given."""
+        return next((r.method for r in self.rounds if r.t + 1 == number), "given")
+
+    def evaluation(self, number: int) -> dict[str, Any] | None:
+        """A player's evaluation summary, or None where there is none."""
+        file = self._eval_folder(number) / "summary.json"
+        return read_json(file) if file.exists() else None
+
+    def items(self, number: int) -> Iterator[Item]:
+        """A player's answers to the held-out prompts."""
+        from sparring.evaluate import Item
+
+        folder = self._eval_folder(number)
+        return iter(Rows(folder, Item)) if folder.exists() else iter(())
+
+    @property
+    def best(self) -> int | None:
+        """The number of the player that `best` points to."""
+        link = self.path / "best"
+        target = os.readlink(link) if link.is_symlink() else None
+        return next((n for n, p in self.players.items() if best_target(self.path, p) == target), None)
+
+    @cached_property
+    def examples(self) -> dict[str, Example]:
+        return self._examples("train")
+
+    @cached_property
+    def heldout(self) -> dict[str, Example]:
+        return self._examples("heldout")
+
+    def _examples(self, part: str) -> dict[str, Example]:
+        folder = self.path / "data" / part
+        return {e.id: e for e in Rows(folder, Example)} if folder.exists() else {}
+
+    def _eval_folder(self, number: int) -> Path:
+        made = next((r for r in self.rounds if r.t + 1 == number), None)
+        return made.path / "eval" if made else self.path / "start" / "eval"
+
+
+def read_run_recipe(path: Path) -> dict[str, Any]:
+    """The recipe that a run recorded. Raises InputError unless the folder is a run this version can read."""
+    if not (path / "config.yaml").exists() or not (path / "env.json").exists():
+        what = "no such folder" if not path.exists() else "not a run directory (no config.yaml and env.json in it)"
+        raise InputError(f"{path}: {what}; `sparring run` makes one")
+    check_format(path)
+    recipe: dict[str, Any] = read_recipe(path / "config.yaml")
+    return recipe
+
+
+def check_format(path: Path) -> None:
+    """Raises InputError where a newer version made the run."""
+    file = path / "env.json"
+    version = read_json(file).get("format", 0) if file.exists() else FORMAT
+    if version > FORMAT:
+        raise InputError(
+            f"{path}: run format {version} is newer than this version of sparring knows ({FORMAT}); upgrade sparring"
+        )
+
+
+def _state(folder: Path) -> str:
+    if (folder / "stage.json").exists():
+        return "done"
+    return "partial" if folder.with_name(folder.name + ".partial").exists() else "-"

@@ -1,0 +1,83 @@
+"""A round's `train/` folder: log lines, and the state from which a killed training goes on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sparring.store import sync, whole, write_json, write_text
+from sparring.types import Group
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class TrainStates:
+    """A round's `train/` folder: log lines and resumable states of one training (`train.States`)."""
+
+    def __init__(self, folder: Path, key: str) -> None:
+        self.folder = folder
+        self._key = key
+        self._log = folder / "log.jsonl"
+
+    def load(self) -> tuple[int, dict[str, Tensor]] | None:
+        """The last saved state, or None for a fresh start; log lines past it are dropped."""
+        from safetensors.torch import load_file
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not (self.folder / "key").exists() or (self.folder / "key").read_text() != self._key:
+            shutil.rmtree(self.folder)
+            self.folder.mkdir()
+            write_text(self.folder / "key", self._key)
+        file = self.folder / "state" / "last.safetensors"
+        state = None
+        if file.exists():
+            tensors = load_file(str(file))
+            state = int(tensors.pop("step").item()), tensors
+        self._keep_lines(state[0] if state else 0)
+        return state
+
+    def save(self, step: int, tensors: dict[str, Tensor]) -> None:
+        import torch
+        from safetensors.torch import save_file
+
+        file = self.folder / "state" / "last.safetensors"
+        file.parent.mkdir(exist_ok=True)
+        if self._log.exists():
+            # After a power cut the log must reach as far as the state.
+            sync(self._log)
+        with whole(file) as temporary:
+            save_file({k: v.contiguous() for k, v in tensors.items()} | {"step": torch.tensor(step)}, str(temporary))
+
+    def log(self, row: dict[str, float]) -> None:
+        with self._log.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(row) + "\n")
+
+    def keep_batch(self, step: int, groups: Sequence[Group]) -> str:
+        """Write the groups of a step that went wrong; returns where."""
+        path = self.folder / f"nonfinite_step_{step + 1:06d}.json"
+        write_json(path, [asdict(group) for group in groups])
+        return str(path)
+
+    def drop_state(self) -> None:
+        shutil.rmtree(self.folder / "state", ignore_errors=True)
+
+    def _keep_lines(self, step: int) -> None:
+        if self._log.exists():
+            rows = read_log(self._log)
+            write_text(self._log, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
+
+
+def read_log(path: Path) -> list[dict[str, float]]:
+    """The rows of a training log; a last line cut by a kill is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows

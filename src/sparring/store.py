@@ -1,0 +1,208 @@
+"""Rows on disk: Parquet shards whose schema is derived from a dataclass, read back as a lazy sequence.
+
+A shard is written under a temporary name and renamed, so a crash loses at most the shard being written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import types
+import typing
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
+
+from sparring.errors import InputError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+T = TypeVar("T")
+_EAGER_BYTES = 64 << 20
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A temporary file that takes the place of `path` when the block ends well, and vanishes when it does not."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        sync(temporary)
+        temporary.rename(path)
+    except BaseException:
+        # On a full disk the half-written file would take the room that is needed to go on.
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's contents, or a folder's list of names, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON whole or not at all."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    with whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors="surrogatepass")
+
+
+def read_json(path: Path) -> Any:
+    """Raises InputError for a damaged file."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8", errors="surrogatepass"))
+    except ValueError as error:
+        raise InputError(f"{path}: not valid JSON ({error}); the file was damaged: restore it") from None
+
+
+def write_shard(path: Path, row_type: type[T], rows: Sequence[T]) -> None:
+    """Write one Parquet file of dataclass rows, whole or not at all."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    hints = typing.get_type_hints(row_type)
+    columns = {f.name: _arrow_type(hints[f.name]) for f in dataclasses.fields(row_type)}  # type: ignore[arg-type]
+    texts = {name for name, kind in columns.items() if pa.types.is_string(kind)}
+    arrays = [
+        pa.array([(_text if name in texts else _plain)(getattr(row, name)) for row in rows], kind)
+        for name, kind in columns.items()
+    ]
+    table = pa.Table.from_arrays(arrays, schema=pa.schema(list(columns.items())))
+    with whole(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd")
+
+
+def write_shards(
+    folder: Path,
+    row_type: type[T],
+    chunks: Iterable[Callable[[], Sequence[T]]],
+    on_done: Callable[[int], None] = lambda n: None,
+) -> int:
+    """Make and write shard 0, 1, … of a stage; a shard that is already there is not made again. Returns the row count."""
+    import pyarrow.parquet as pq
+
+    total = 0
+    for number, make in enumerate(chunks):
+        path = folder / f"{number:05d}.parquet"
+        if not path.exists():
+            write_shard(path, row_type, make())
+        total += pq.read_metadata(path).num_rows
+        on_done(number)
+    return total
+
+
+class Rows(Sequence[T], Generic[T]):
+    """The rows of a stage's shards, in order; decoded at once when small, row by row from compact columns otherwise."""
+
+    def __init__(self, folder: Path, row_type: type[T]) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        files = sorted(folder.glob("*.parquet"))
+        self._make = _decoder(row_type)
+        self._table: pa.Table | None = pa.concat_tables([pq.read_table(f) for f in files]) if files else None
+        self._rows: list[T] | None = None
+        if self._table is None:
+            self._rows = []
+        elif self._table.nbytes < _EAGER_BYTES:
+            self._rows = [self._make(row) for row in self._table.to_pylist()]
+
+    def __len__(self) -> int:
+        return len(self._rows) if self._rows is not None else self._table.num_rows  # type: ignore[union-attr]
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[T]: ...
+
+    def __getitem__(self, index: int | slice) -> T | list[T]:
+        if self._rows is not None:
+            return self._rows[index]
+        assert self._table is not None
+        if isinstance(index, slice):
+            start, stop, step = index.indices(len(self))
+            if step != 1:
+                return [self[i] for i in range(start, stop, step)]
+            return [self._make(row) for row in self._table.slice(start, max(0, stop - start)).to_pylist()]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        return self._make(self._table.slice(index % len(self), 1).to_pylist()[0])
+
+    def __iter__(self) -> Iterator[T]:
+        for at in range(0, len(self), 1024):
+            yield from self[at : at + 1024]
+
+
+def _arrow_type(hint: Any) -> pa.DataType:
+    import pyarrow as pa
+
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return _arrow_type(next(a for a in arguments if a is not type(None)))
+    if origin is typing.Literal:
+        return pa.string()
+    if origin is tuple:
+        inner = arguments[0]
+        # Token ids fit 32 bits and log-probs are float32: half the disk and memory of the defaults.
+        small = {int: pa.int32(), float: pa.float32()}
+        return pa.list_(small.get(inner) or _arrow_type(inner))
+    if origin is not None and issubclass(origin, Mapping):
+        return pa.string()
+    if dataclasses.is_dataclass(hint):
+        hints = typing.get_type_hints(hint)
+        return pa.struct([(f.name, _arrow_type(hints[f.name])) for f in dataclasses.fields(hint)])
+    return {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}[hint]
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    return (
+        [_plain(v) for v in value]
+        if isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0])
+        else value
+    )
+
+
+def _text(value: Any) -> Any:
+    return json.dumps(dict(value), ensure_ascii=True, default=str) if isinstance(value, Mapping) else value
+
+
+def _decoder(row_type: type[T]) -> Callable[[dict[str, Any]], T]:
+    hints = typing.get_type_hints(row_type)
+    decoders = {f.name: _decode(hints[f.name]) for f in dataclasses.fields(row_type)}  # type: ignore[arg-type]
+
+    def make(row: dict[str, Any]) -> T:
+        return row_type(**{name: decode(row[name]) for name, decode in decoders.items()})
+
+    return make
+
+
+def _decode(hint: Any) -> Callable[[Any], Any]:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        inner = _decode(next(a for a in arguments if a is not type(None)))
+        return lambda value: None if value is None else inner(value)
+    if origin is tuple:
+        element = arguments[0]
+        if element in (int, float, str):
+            return tuple
+        decode = _decode(element)
+        return lambda value: tuple(decode(v) for v in value)
+    if origin is not None and origin is not typing.Literal and issubclass(origin, Mapping):
+        return json.loads
+    if dataclasses.is_dataclass(hint):
+        return _decoder(typing.cast(type, hint))
+    return lambda value: value

@@ -1,0 +1,89 @@
+"""A run in a process of its own that notes every change it makes on disk and can kill itself at any of them."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import sparring
+from sparring.rundir import RunDir
+from sparring.states import TrainStates
+
+Event = tuple[str, str, str, str]
+"""Stage folder (empty between stages), system call, name of the file, `before` or `after`."""
+CALLS = ("fsync", "rename", "replace", "unlink", "mkdir", "rmdir")
+WARM = [
+    "killing",
+    "sparring.play.hf",
+    "sparring.train",
+    "sparring.evaluate",
+    "pyarrow.parquet",
+    "transformers",
+    "datasets",
+]
+
+
+def run_noting(recipe: dict[str, Any], notes: Path, target: Event | None) -> None:
+    """The body of the process: `sparring.run(recipe)`; SIGKILL to itself at the first event equal to `target`.
+
+    notes: a file that gets a line `event|stage|call|name|when`, `load|folder|step` or `log|folder|step` each.
+    """
+    torch.set_num_threads(1)
+    with notes.open("a", encoding="utf-8", buffering=1) as stream:
+        _hook(lambda line: stream.write(line + "\n"), target)
+        sparring.run(recipe)
+
+
+def _hook(note: Callable[[str], object], target: Event | None) -> None:
+    stage = ""
+
+    def at(call: str, name: str, when: str) -> None:
+        note("|".join(("event", stage, call, name, when)))
+        if (stage, call, name, when) == target:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def wrapped(call: str, function: Any, named: Callable[..., str]) -> Any:
+        def inner(*arguments: Any, **options: Any) -> Any:
+            name = named(*arguments)
+            at(call, name, "before")
+            result = function(*arguments, **options)
+            at(call, name, "after")
+            return result
+
+        return inner
+
+    for call in CALLS:
+        setattr(os, call, wrapped(call, getattr(os, call), _name))
+    once, load, log = RunDir.once, TrainStates.load, TrainStates.log
+
+    def noted_once(self: RunDir, wanted: Any, make: Any) -> Path:
+        nonlocal stage
+        stage = wanted.folder
+        try:
+            return once(self, wanted, make)
+        finally:
+            stage = ""
+
+    def noted_load(self: TrainStates) -> Any:
+        state = load(self)
+        note(f"load|{self.folder.parent.name}|{state[0] if state else 0}")
+        return state
+
+    def noted_log(self: TrainStates, row: dict[str, float]) -> None:
+        at("log", f"step {row['step']}", "before")
+        log(self, row)
+        note(f"log|{self.folder.parent.name}|{row['step']}")
+        at("log", f"step {row['step']}", "after")
+
+    RunDir.once, TrainStates.load, TrainStates.log = noted_once, noted_load, noted_log  # type: ignore[method-assign]
+
+
+def _name(path: Any, *rest: Any) -> str:
+    if isinstance(path, int):
+        path = os.readlink(f"/proc/self/fd/{path}")
+    return Path(path).name

@@ -1,0 +1,204 @@
+"""`kill -9` at many moments of every stage: the same call goes on, loses nothing done and ends in the same weights."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors import safe_open
+
+from helpers import recipe
+from killing import WARM, Event, run_noting
+from sparring.runview import RunView
+from sparring.store import Rows
+from sparring.types import Frozen, Group, Sample
+
+TESTS = Path(__file__).parent
+pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="names open files by /proc")
+
+
+@pytest.fixture(autouse=True)
+def no_network() -> None:
+    """Not refused here: the warm process is reached through a Unix socket."""
+
+
+def tiny(run: Path, model: Path, data: Path) -> dict[str, Any]:
+    train = {"epochs": 2, "save_every": 2}
+    return recipe(run, model, data, train=train, play={"chunk": 4, "max_new_tokens": 6})
+
+
+@pytest.fixture(scope="module")
+def start() -> Iterator[Any]:
+    """Starts processes from one that has imported everything: a fork of this process, which used threads, may hang."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(WARM)
+    before = os.environ.get("PYTHONPATH")
+    # The warm process starts without this one's sys.path.
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(TESTS), before]))
+
+    def begin(tree: dict[str, Any], notes: Path, target: Event | None = None) -> Any:
+        process = context.Process(target=run_noting, args=(tree, notes, target))
+        process.start()
+        return process
+
+    yield begin
+    if before is None:
+        del os.environ["PYTHONPATH"]
+    else:
+        os.environ["PYTHONPATH"] = before
+
+
+@pytest.fixture(scope="module")
+def unkilled(
+    start: Any, tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_data: Path
+) -> tuple[Path, list[Event]]:
+    """The run without a kill, and everything it did on disk, in order."""
+    folder = tmp_path_factory.mktemp("unkilled")
+    process = start(tiny(folder / "run", tiny_model, tiny_data), folder / "notes")
+    process.join()
+    assert process.exitcode == 0
+    lines = [line.split("|") for line in (folder / "notes").read_text().splitlines()]
+    return folder / "run", [(a, b, c, d) for kind, a, b, c, d in (x for x in lines if x[0] == "event")]
+
+
+def finished(run: Path) -> dict[str, tuple[int, int]]:
+    """Stage folder to inode and time of its record: equal means that the stage was not done again."""
+    records = [p for p in run.rglob("stage.json") if not p.parent.name.endswith(".partial")]
+    return {str(p.parent.relative_to(run)): (p.stat().st_ino, p.stat().st_mtime_ns) for p in records}
+
+
+def saved_step(run: Path, folder: str) -> int:
+    file = run / folder / "train" / "state" / "last.safetensors"
+    if not file.exists():
+        return 0
+    with safe_open(str(file), "pt") as tensors:
+        return int(tensors.get_tensor("step").item())
+
+
+def check_resumed(run: Path, notes: Path, saved: dict[str, int]) -> int:
+    """Training went on behind its last saved step; returns how many trainings were resumed past their start."""
+    resumed, expected = 0, 0
+    for kind, folder, *rest in (line.split("|") for line in notes.read_text().splitlines()):
+        if kind == "load":
+            expected = int(rest[0])
+            assert expected == saved.get(folder, 0), f"{folder} resumed at step {expected}"
+            resumed += expected > 0
+        elif kind == "log":
+            expected += 1
+            assert int(rest[0]) == expected
+    return resumed
+
+
+def assert_same(run: Path, other: Path) -> None:
+    """Weights bit for bit, rows, evaluations, and the training log but for its seconds."""
+    one, two = RunView(run), RunView(other)
+    assert {n: p.sha for n, p in one.players.items()} == {n: p.sha for n, p in two.players.items()}
+    assert one.best == two.best == 2
+    for a, b in zip(one.rounds, two.rounds, strict=True):
+        assert a.stages == b.stages
+        for name, row_type in (("samples", Sample), ("groups", Group), ("frozen", Frozen)):
+            if a.stages[name] == "done":
+                assert list(Rows(a.path / name, row_type)) == list(Rows(b.path / name, row_type)), (a.path, name)  # type: ignore[var-annotated]
+        weights = [(x.path / "player" / "model.safetensors").read_bytes() for x in (a, b)]
+        assert weights[0] == weights[1], a.path
+        logs = [[{k: v for k, v in row.items() if k != "seconds"} for row in x.log] for x in (a, b)]
+        assert logs[0] == logs[1]
+        assert [row["step"] for row in logs[0]] == [1, 2, 3, 4, 5, 6]
+        assert a.counts == b.counts
+        assert one.evaluation(a.t + 1) == two.evaluation(a.t + 1) is not None
+        assert (
+            json.loads((a.path / "roles.json").read_text()).keys()
+            == json.loads((b.path / "roles.json").read_text()).keys()
+        )
+    leftovers = [p for p in run.rglob("*") if p.name.endswith((".tmp", ".partial")) or p.name == "state"]
+    assert not leftovers
+
+
+class Survivor:
+    """A run that is killed again and again; every restart is checked against what lay on disk before it."""
+
+    def __init__(self, start: Any, tree: dict[str, Any], notes: Path) -> None:
+        self.start, self.tree, self.notes, self.run = start, tree, notes, Path(tree["run"])
+        self.resumed = 0
+
+    def go(self, target: Event | None = None, seconds: float | None = None) -> bool:
+        """One start of the same call; whether it was killed."""
+        done = finished(self.run)
+        saved = {p.parent.name: saved_step(self.run, p.parent.name) for p in self.run.glob("*/train")}
+        self.notes.write_text("")
+        process = self.start(self.tree, self.notes, target)
+        if seconds is not None:
+            process.join(seconds)
+            process.kill()
+        process.join()
+        assert process.exitcode in (0, -9), self.notes.read_text()[-400:]
+        after = finished(self.run)
+        again = [folder for folder, record in done.items() if after.get(folder) != record]
+        assert not again, f"done again after {target}: {again}"
+        self.resumed += check_resumed(self.run, self.notes, saved)
+        return bool(process.exitcode == -9)
+
+
+def chosen(events: list[Event], each: int, seed: int) -> list[Event]:
+    """Seeded random events, `each` of every stage and of the time between stages, in the order in which they happen."""
+    order = random.Random(seed)
+    places: dict[str, list[int]] = {}
+    for i, event in enumerate(events):
+        places.setdefault(event[0], []).append(i)
+    picked = sorted(i for where in places.values() for i in order.sample(where, each))
+    return [events[i] for i in picked]
+
+
+def test_kills_at_events_of_every_stage(
+    start: Any, unkilled: tuple[Path, list[Event]], tmp_path: Path, tiny_model: Path, tiny_data: Path
+) -> None:
+    reference, events = unkilled
+    targets = chosen(events, each=2, seed=20)
+    assert {target[0] for target in targets} == {*finished(reference), ""}
+    survivor = Survivor(start, tiny(tmp_path / "run", tiny_model, tiny_data), tmp_path / "notes")
+    killed = [target for target in targets if survivor.go(target)]
+    while survivor.go():
+        pass
+    assert len(killed) >= 20
+    assert {target[0] for target in killed} == {*finished(reference), ""}
+    assert survivor.resumed >= 2
+    assert_same(tmp_path / "run", reference)
+
+
+def test_kills_while_training(
+    start: Any, unkilled: tuple[Path, list[Event]], tmp_path: Path, tiny_model: Path, tiny_data: Path
+) -> None:
+    """After each save and log line of the last round: nothing but the steps since the last state is repeated."""
+    reference, events = unkilled
+    tree = tiny(tmp_path / "run", tiny_model, tiny_data)
+    survivor = Survivor(start, tree, tmp_path / "notes")
+    names = ["step 1", "last.safetensors", ".last.safetensors.tmp", "step 3", "step 5", "step 6", "state"]
+    targets = [
+        next(e for e in events if e[0] == "round_001/player" and e[2] == name and e[3] == "after")
+        for name in names[:-1]
+    ]
+    for target in targets:
+        assert survivor.go(target), target
+    assert survivor.resumed >= 3
+    assert not survivor.go()
+    assert_same(tmp_path / "run", reference)
+
+
+def test_kills_at_random_times(
+    start: Any, unkilled: tuple[Path, list[Event]], tmp_path: Path, tiny_model: Path, tiny_data: Path
+) -> None:
+    survivor = Survivor(start, tiny(tmp_path / "run", tiny_model, tiny_data), tmp_path / "notes")
+    order = random.Random(7)
+    began = time.monotonic()
+    kills = sum(survivor.go(seconds=order.uniform(0.1, 0.9)) for _ in range(6))
+    assert kills >= 1
+    while survivor.go():
+        assert time.monotonic() - began < 60
+    assert_same(tmp_path / "run", unkilled[0])
