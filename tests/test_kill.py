@@ -44,7 +44,7 @@ def start() -> Iterator[Any]:
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(TESTS), before]))
 
     def begin(tree: dict[str, Any], notes: Path, target: Event | None = None) -> Any:
-        process = context.Process(target=run_noting, args=(tree, notes, target))
+        process = context.Process(target=run_noting, args=(tree, notes, target), daemon=True)
         process.start()
         return process
 

@@ -279,6 +279,17 @@ def test_template_that_puts_a_space_before_the_answer_and_trims_it(tmp_path: Pat
     assert renderer.decode(answer) == "the answer"
 
 
+def test_whitespace_among_the_added_tokens_is_spelling() -> None:
+    """Gemma and Phi have runs of newlines and spaces there, which ordinary text is meant to use."""
+    backend = Tokenizer.from_str(toys.chatml().backend_tokenizer.to_str())
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>")
+    tokenizer.add_tokens([AddedToken("\n\n", normalized=False)])
+    wide = tokenizer.convert_tokens_to_ids("\n\n")
+    renderer = Renderer(tokenizer)
+    for answer in ("a\n\nb", "a\n\n<think>"):
+        assert control_ids(tokenizer, renderer.completion(user("q"), answer)) == [wide]
+
+
 def test_end_token_that_is_no_special_token_is_not_part_of_the_text(tmp_path: Path) -> None:
     template = tmp_path / "t.jinja"
     template.write_text("{% for m in messages %}{{ m['content'] }}</think>{% endfor %}")

@@ -5,7 +5,6 @@ Exit codes: 0 done, 1 failed, 2 bad input (one line, no traceback), 130 interrup
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import shlex
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sparring.errors import InputError, SparringError
+from sparring.errors import InputError, told
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -48,26 +47,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as error:
         message, code = str(error) or "interrupted", 130
     except Exception as error:
-        told = _told(error)
-        if told is None:
+        line = told(error)
+        if line is None:
             raise
-        message, code = told
+        message, code = line
     sys.stderr.write(f"sparring: {message}\n")
     return code
-
-
-def _told(error: Exception) -> tuple[str, int] | None:
-    """Message and exit code for what a user can mend; None for a fault of the program, which keeps its traceback."""
-    if isinstance(error, SparringError):
-        return str(error), error.exit_code
-    # typer carries its own copy of click, whose usage errors are told by their attributes
-    if hasattr(error, "format_message"):
-        return " ".join(error.format_message().split()), 2
-    where = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
-    # safetensors tells of a full disk in its text alone
-    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or f"(os error {errno.ENOSPC})" in str(error):
-        return f"{where}no space left on the disk; free some and give the same command again: nothing is lost", 2
-    return (f"{where}{error.strerror}; give another path", 2) if isinstance(error, OSError) and where else None
 
 
 @app.callback(invoke_without_command=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 
 class SparringError(Exception):
     """Something went wrong that one clear line can explain; the program exits with 1."""
@@ -21,3 +23,17 @@ class BusyError(InputError):
 
 class NonFiniteError(SparringError):
     """A loss or gradient is not finite: the step was not taken and the batch was kept for inspection."""
+
+
+def told(error: Exception) -> tuple[str, int] | None:
+    """Message and exit code for what a user can mend; None for a fault of the program, which keeps its traceback."""
+    if isinstance(error, SparringError):
+        return str(error), error.exit_code
+    # typer carries its own copy of click, whose usage errors are told by their attributes
+    if hasattr(error, "format_message"):
+        return " ".join(error.format_message().split()), 2
+    where = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
+    # safetensors tells of a full disk in its text alone
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or f"(os error {errno.ENOSPC})" in str(error):
+        return f"{where}no space left on the disk; free some and give the same command again: nothing is lost", 2
+    return (f"{where}{error.strerror}; give another path", 2) if isinstance(error, OSError) and where else None

@@ -33,17 +33,15 @@ def token_logps(
     device = next(model.parameters()).device
     before = max(len(p) for p in prompts)
     after = max(max(len(c) for c in completions), 1)
-    ids = torch.zeros(len(prompts), before + after, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-        if not prompt:
-            raise ValueError("a prompt needs at least one token: the first completion token is predicted from it")
-        start, end = before - len(prompt), before + len(completion)
-        ids[row, start:end] = torch.tensor([*prompt, *completion])
-        mask[row, start:end] = 1
-    ids, mask = ids.to(device), mask.to(device)
+    if not all(prompts):
+        raise ValueError("a prompt needs at least one token: the first completion token is predicted from it")
+    rows = [
+        ([0] * (before - len(p)), [*p, *c], [0] * (after - len(c))) for p, c in zip(prompts, completions, strict=True)
+    ]
+    ids = torch.tensor([[*left, *tokens, *right] for left, tokens, right in rows], device=device)
+    mask = torch.tensor([[*left, *[1] * len(tokens), *right] for left, tokens, right in rows], device=device)
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
-    accepted = _accepts(model.forward)
+    accepted = _accepts(model)
     if "position_ids" in accepted:
         inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
     if "use_cache" in accepted:
@@ -90,8 +88,10 @@ def autocast(device: torch.device, compute: torch.dtype | None) -> contextlib.Ab
     return contextlib.nullcontext()
 
 
-def _accepts(forward: Callable[..., Any]) -> frozenset[str]:
-    return _parameters(getattr(forward, "__func__", forward))
+def _accepts(model: nn.Module) -> frozenset[str]:
+    """Names of the arguments of the model's forward; an adapter's wrapper takes anything, so its base is asked."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    return _parameters(getattr(base.forward, "__func__", base.forward))
 
 
 @lru_cache(maxsize=64)

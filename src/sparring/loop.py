@@ -135,7 +135,9 @@ class Loop:
                 f"{r.folder}/groups: nothing to train on: all {len(samples)} samples were dropped ({made.dropped}); "
                 "the opponent already gives the data's answers, or the data has none"
             )
-        write_shards(folder, Group, [partial(lambda at: groups[at : at + 8192], at) for at in range(0, len(groups), 8192)])
+        write_shards(
+            folder, Group, [partial(lambda at: groups[at : at + 8192], at) for at in range(0, len(groups), 8192)]
+        )
         counts: dict[str, Any] = {"groups": len(made.groups), "dropped": made.dropped, **rendering.counts}
         return counts | ({"replayed": len(groups) - len(made.groups)} if r.method.memory else {})
 
@@ -235,7 +237,9 @@ class Loop:
         if self._loaded is None or self._loaded[0] != player.sha:
             self._loaded = None
             if players.identify(player.path, self.config.model.revision) != player.sha:
-                raise SparringError(f"{player.path}: its files changed since it was made (another content hash); restore them")
+                raise SparringError(
+                    f"{player.path}: its files changed since it was made (another content hash); restore them"
+                )
             self._loaded = (player.sha, players.load_model(player.path, self.config.model))
         return self._loaded[1]
 
@@ -260,9 +264,7 @@ class Loop:
         config = players.model_config(self._start.path, self.config.model)
         context = players.context_length(config, self.tokenizer)
         chosen = list(examples[: limit or len(examples)])
-        return prompts.render(
-            chosen, self.renderer, self.config.data, context=context, max_new_tokens=max_new_tokens
-        )
+        return prompts.render(chosen, self.renderer, self.config.data, context=context, max_new_tokens=max_new_tokens)
 
 
 def _check_aligned(groups: Sequence[Group], frozen: dict[str, list[Frozen]]) -> None:

@@ -12,7 +12,9 @@ from sparring.types import Group, Paired, Rendered, Sample
 def gold_alone(rows: Sequence[Rendered], origin_round: int, *, by_token: bool) -> Paired:
     """One group of one completion per row with a gold answer, weighted by its number of tokens or all alike."""
     groups = [
-        Group(r.example_id, r.prompt, (r.gold,), (1.0,), float(len(r.gold)) if by_token else 1.0, ("gold",), origin_round)
+        Group(
+            r.example_id, r.prompt, (r.gold,), (1.0,), float(len(r.gold)) if by_token else 1.0, ("gold",), origin_round
+        )
         for r in rows
         if r.gold
     ]

@@ -114,7 +114,9 @@ def _round(
     roles = dict(method.roles(t))
     for role, number in roles.items():
         if number not in keys:
-            raise InputError(f"method `{method.name}`: round {t} wants player {number} as {role}, which is not there yet")
+            raise InputError(
+                f"method `{method.name}`: round {t} wants player {number} as {role}, which is not there yet"
+            )
 
     def player(role: str) -> dict[str, str]:
         return {f"player {roles[role]} ({role})": keys[roles[role]]}

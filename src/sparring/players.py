@@ -65,7 +65,7 @@ def check_folder(folder: Path) -> None:
 def load_model(path: str, config: ModelConfig) -> nn.Module:
     """The weights of a player as float32 masters (float64 for compute: float64), in eval mode, on the device.
 
-    Raises InputError where transformers cannot load them.
+    Sets torch's number of threads where the configuration names one. Raises InputError where transformers cannot load them.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -75,6 +75,8 @@ def load_model(path: str, config: ModelConfig) -> nn.Module:
     if local:
         check_folder(Path(path).expanduser())
     logging.disable_progress_bar()
+    if config.threads:
+        torch.set_num_threads(config.threads)
     extra = {"attn_implementation": config.attention} if config.attention else {}
     try:
         model = AutoModelForCausalLM.from_pretrained(

@@ -58,24 +58,20 @@ def collate(
     """Groups and their frozen log-probs, aligned, to a `Batch`; absent completions and tokens are masked."""
     size_G = max(len(g.completions) for g in groups)
     size_T = max(max(len(c) for c in g.completions) for g in groups)
-    tokens_BGT = torch.zeros(len(groups), size_G, size_T, dtype=torch.long)
-    mask_BGT = torch.zeros(tokens_BGT.shape, dtype=torch.bool)
-    targets_BG = torch.zeros(len(groups), size_G, dtype=dtype)
-    roles = {role: torch.zeros(tokens_BGT.shape, dtype=dtype) for role in frozen}
-    for b, group in enumerate(groups):
-        targets_BG[b, : len(group.targets)] = torch.tensor(group.targets, dtype=dtype)
-        for g, completion in enumerate(group.completions):
-            tokens_BGT[b, g, : len(completion)] = torch.tensor(completion)
-            mask_BGT[b, g, : len(completion)] = True
-            for role, rows in frozen.items():
-                roles[role][b, g, : len(completion)] = torch.tensor(rows[b].logps[g], dtype=dtype)
-    weight_B = torch.tensor([g.weight for g in groups], dtype=dtype)
+
+    def table(rows_BG: Sequence[Sequence[Sequence[Any]]], kind: torch.dtype) -> Tensor:
+        padded = [[[*row, *[0] * (size_T - len(row))] for row in group] for group in rows_BG]
+        whole = [group + [[0] * size_T] * (size_G - len(group)) for group in padded]
+        return torch.tensor(whole, dtype=kind, device=device)
+
     return Batch(
-        tokens_BGT.to(device),
-        mask_BGT.to(device),
-        targets_BG.to(device),
-        weight_B.to(device),
-        {role: LogProbs(values.to(device)) for role, values in roles.items()},
+        tokens_BGT=table([g.completions for g in groups], torch.long),
+        mask_BGT=table([[[1] * len(c) for c in g.completions] for g in groups], torch.bool),
+        targets_BG=torch.tensor(
+            [[*g.targets, *[0.0] * (size_G - len(g.targets))] for g in groups], dtype=dtype, device=device
+        ),
+        weight_B=torch.tensor([g.weight for g in groups], dtype=dtype, device=device),
+        frozen={role: LogProbs(table([row.logps for row in rows], dtype)) for role, rows in frozen.items()},
     )
 
 
