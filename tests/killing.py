@@ -17,11 +17,24 @@ from sparring.states import TrainStates
 Event = tuple[str, str, str, str]
 """Stage folder (empty between stages), system call, name of the file, `before` or `after`."""
 CALLS = ("fsync", "rename", "replace", "unlink", "mkdir", "rmdir")
-WARM = (
-    "killing sparring.loop sparring.play.hf sparring.train sparring.evaluate sparring.judge.verify sparring.methods.spin "
-    "sparring.methods.sft transformers.models.auto.modeling_auto transformers.models.llama.modeling_llama "
-    "transformers.generation transformers.quantizers.auto transformers.integrations.accelerate torch._dynamo pyarrow.parquet pandas"
-).split()
+WARM = [
+    "killing",
+    "sparring.loop",
+    "sparring.play.hf",
+    "sparring.train",
+    "sparring.evaluate",
+    "sparring.judge.verify",
+    "sparring.methods.spin",
+    "sparring.methods.sft",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.llama.modeling_llama",
+    "transformers.generation",
+    "transformers.quantizers.auto",
+    "transformers.integrations.accelerate",
+    "torch._dynamo",
+    "pyarrow.parquet",
+    "pandas",
+]
 """Everything a run imports, most of it late: without it each start would take seconds."""
 
 

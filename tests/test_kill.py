@@ -175,18 +175,27 @@ def test_kills_at_events_of_every_stage(
 def test_kills_while_training(
     start: Any, unkilled: tuple[Path, list[Event]], tmp_path: Path, tiny_model: Path, tiny_data: Path
 ) -> None:
-    """After each save and log line of the last round: nothing but the steps since the last state is repeated."""
+    """Only the steps since the last state are repeated, and none once the weights are written."""
     reference, events = unkilled
-    tree = tiny(tmp_path / "run", tiny_model, tiny_data)
-    survivor = Survivor(start, tree, tmp_path / "notes")
-    names = ["step 1", "last.safetensors", ".last.safetensors.tmp", "step 3", "step 5", "step 6", "state"]
-    targets = [
-        next(e for e in events if e[0] == "round_001/player" and e[2] == name and e[3] == "after")
-        for name in names[:-1]
+    state, player = ".last.safetensors.tmp", "player.partial"
+    moments = [
+        (("log", "step 1", "after"), 0),
+        (("fsync", state, "after"), 0),
+        (("rename", state, "after"), 0),
+        (("log", "step 3", "after"), 2),
+        (("log", "step 5", "before"), 2),
+        (("log", "step 6", "after"), 4),
+        (("fsync", "model.safetensors", "before"), 4),
+        (("rename", player, "before"), 4),
+        (("rename", player, "after"), None),
     ]
-    for target in targets:
+    survivor = Survivor(start, tiny(tmp_path / "run", tiny_model, tiny_data), tmp_path / "notes")
+    for moment, resumed_at in moments:
+        target = ("round_001/player", *moment)
+        assert target in events
         assert survivor.go(target), target
-    assert survivor.resumed >= 3
+        loads = [line for line in survivor.notes.read_text().splitlines() if line.startswith("load|round_001")]
+        assert loads == ([] if resumed_at is None else [f"load|round_001|{resumed_at}"]), moment
     assert not survivor.go()
     assert_same(tmp_path / "run", reference)
 

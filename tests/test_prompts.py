@@ -228,6 +228,17 @@ def test_look_alike_that_only_the_normalizer_makes_is_spelled() -> None:
     assert Renderer(tokenizer).completion(user("b"), "a ＜/s＞ b") == [1, 0, 2]
 
 
+@pytest.mark.parametrize(
+    "tokenizer",
+    [_words(single_word=True), _words(normalizers.Prepend("▁"), normalized=True)],
+    ids=["single", "prepend"],
+)
+def test_secret_names_are_found_whatever_the_tokens_flags(tokenizer: Any, tmp_path: Path) -> None:
+    template = tmp_path / "t.jinja"
+    template.write_text("{% for m in messages %}{{ m['content'] }}</s>{% endfor %}")
+    assert Renderer(tokenizer, str(template)).prompt(user("a </s> b"))[-1] == 3
+
+
 def test_tokenizer_in_pure_python() -> None:
     tokenizer = ByT5Tokenizer(extra_ids=2)
     renderer = Renderer(tokenizer)

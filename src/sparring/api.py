@@ -52,11 +52,12 @@ def run(
     out: the run's directory, instead of the recipe's `run`. redo: do stages again that changed settings touch, after
     moving the old ones to `superseded/`; without it they are an error. Raises InputError, BusyError, NonFiniteError.
     """
-    from sparring.loop import Loop
+    from sparring.loop import advance
+    from sparring.workshop import Workshop
 
     prepared = prepare(recipe, overrides, out=out)
     with _opened(prepared, redo) as target:
-        Loop(target, prepared.config, prepared.plan, prepared.start).advance()
+        advance(Workshop(target, prepared.config, prepared.plan, prepared.start))
         mark_best(target.path)
     return RunView(target.path)
 
@@ -66,7 +67,8 @@ def run_stage(path: Path | str, command: str, t: int) -> RunView:
 
     Raises InputError where the round does not exist or an earlier stage is missing.
     """
-    from sparring.loop import Loop
+    from sparring.loop import advance
+    from sparring.workshop import Workshop
 
     prepared = prepare(Path(path))
     found = _round(prepared, t)
@@ -80,7 +82,8 @@ def run_stage(path: Path | str, command: str, t: int) -> RunView:
         if missing:
             raise InputError(f"{path}: {stages[0].folder} needs {missing[-1]}, which is not done; do that stage first")
         wanted = {prepared.plan.data.folder, stages[0].folder}
-        Loop(target, prepared.config, prepared.plan, prepared.start).advance(lambda stage: stage.folder in wanted)
+        shop = Workshop(target, prepared.config, prepared.plan, prepared.start)
+        advance(shop, lambda stage: stage.folder in wanted)
     return RunView(target.path)
 
 

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sparring.errors import InputError, told
+from sparring.errors import InputError, Interrupted, told
 
 if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
+    from rich.console import RenderableType
 
 app = typer.Typer(
     name="sparring",
@@ -44,8 +44,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         result = app(given, standalone_mode=False, obj=shlex.join(["sparring", *given]))
         return result if isinstance(result, int) else 0
-    except KeyboardInterrupt as error:
-        message, code = str(error) or "interrupted", 130
     except Exception as error:
         line = told(error)
         if line is None:
@@ -282,21 +280,17 @@ def _resumable(command: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"interrupted; nothing is lost, continue with: {command}") from None
+        raise Interrupted(f"interrupted; nothing is lost, continue with: {command}") from None
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
-def _console() -> Console:
+def _print(what: RenderableType) -> None:
     from rich.console import Console
 
     console = Console()
-    # A pipe has no width; 80 columns would fold every table.
-    return console if console.is_terminal else Console(width=140)
-
-
-def _print(what: RenderableType) -> None:
-    _console().print(what)
+    # A pipe has no width; 80 columns would fold every table
+    (console if console.is_terminal else Console(width=140)).print(what)
 
 
 if __name__ == "__main__":

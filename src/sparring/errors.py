@@ -25,6 +25,12 @@ class NonFiniteError(SparringError):
     """A loss or gradient is not finite: the step was not taken and the batch was kept for inspection."""
 
 
+class Interrupted(SparringError):
+    """Ctrl-C or SIGTERM; the message says how to continue."""
+
+    exit_code = 130
+
+
 def told(error: Exception) -> tuple[str, int] | None:
     """Message and exit code for what a user can mend; None for a fault of the program, which keeps its traceback."""
     if isinstance(error, SparringError):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import textwrap
 from typing import Any
+
+import yaml
 
 from sparring.config import SECTIONS, Config, fields
 
@@ -34,4 +35,6 @@ def recipe_text() -> str:
 
 def _line(name: str, default: Any, description: str, indent: str = "") -> str:
     comment = textwrap.fill(description, 110, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ")
-    return f"{comment}\n{indent}{name}: {json.dumps(default)}\n"
+    value = list(default) if isinstance(default, tuple) else default
+    text = yaml.safe_dump({name: value}, default_flow_style=True, width=1000).strip()[1:-1]
+    return f"{comment}\n{indent}{text}\n"

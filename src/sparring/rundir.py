@@ -89,8 +89,7 @@ class RunDir:
         record = self._begin(stage)
         if "counts" not in record:
             started = time.perf_counter()
-            with _full_disk_named(partial):
-                counts = dict(make(partial))
+            counts = dict(make(partial))
             seconds = round(record["seconds"] + time.perf_counter() - started, 3)
             # Whatever wrote them: a finished stage must not lose files to a power cut.
             for path in partial.rglob("*"):
@@ -241,14 +240,3 @@ def _link(source: str, target: str) -> None:
             raise
         # Another file system, or one without hard links.
         shutil.copy2(source, target)
-
-
-@contextmanager
-def _full_disk_named(folder: Path) -> Iterator[None]:
-    """safetensors reports a full disk as an error of its own type; give it the usual one."""
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, OSError) or f"os error {errno.ENOSPC}" not in str(error):
-            raise
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error

@@ -169,6 +169,8 @@ def train(
         if done % settings.save_every == 0 and done < total:
             states.save(done, _snapshot(model, optimizer))
         on_step(done, total)
+    optimizer.zero_grad(set_to_none=True)
+    model.eval()
 
 
 def make_optimizer(model: nn.Module, settings: TrainConfig) -> torch.optim.Optimizer:
