@@ -57,7 +57,9 @@ def log_table(model: Tabular) -> Tensor:
     return torch.stack([first[:, None].expand(size, size), second], -1).reshape(size * size, 2)
 
 
-def exact_groups(data: Tensor, opponent: Tensor, table: Tensor, size: int, length: int) -> tuple[list[Group], list[Frozen]]:
+def exact_groups(
+    data: Tensor, opponent: Tensor, table: Tensor, size: int, length: int
+) -> tuple[list[Group], list[Frozen]]:
     """Every pair (y, y') weighted by p_data(y) q(y'): the population loss as one batch."""
     every = answers(size, length)
     groups, frozen = [], []
@@ -76,7 +78,10 @@ def play_round(model: Tabular, data: Tensor, beta: float, temperature: float = 1
     """One exact round: minimise the loss to machine precision. Returns the gradient's norm at the start."""
     with torch.no_grad():
         table = log_table(model)
-        hot = [torch.log_softmax(p / temperature, -1) for p in (model.first, *([] if model.second is None else [model.second]))]
+        hot = [
+            torch.log_softmax(p / temperature, -1)
+            for p in (model.first, *([] if model.second is None else [model.second]))
+        ]
         opponent = hot[0].exp() if model.second is None else (hot[0][:, None] + hot[1]).exp().flatten()
     size, length = len(model.first), table.shape[1]
     groups, frozen = exact_groups(data, opponent, table, size, length)
@@ -187,7 +192,9 @@ def test_on_trees_a_hot_opponent_sharpens_token_by_token() -> None:
     model = Tabular(size, 2)
     for _ in range(8):
         play_round(model, data, 0.6, temperature)
-    token_wise = (torch.softmax(temperature * first.log(), -1)[:, None] * torch.softmax(temperature * second.log(), -1)).flatten()
+    token_wise = (
+        torch.softmax(temperature * first.log(), -1)[:, None] * torch.softmax(temperature * second.log(), -1)
+    ).flatten()
     sequence_wise = torch.softmax(temperature * data.log(), -1)
     found = log_table(model).detach().sum(-1).exp()
     assert (found - token_wise).abs().max() < 2e-4

@@ -45,14 +45,24 @@ def pairs(n: int, seed: int = 0, weights: Sequence[float] | None = None) -> list
         return tuple(draw.randrange(3, VOCAB) for _ in range(draw.randint(low, high)))
 
     return [
-        Group(f"e{i}", tokens(1, 9), (tokens(2, 12), tokens(2, 12)), (1.0, 0.0), weights[i] if weights else 1.0, ("gold", "s"), 0)
+        Group(
+            f"e{i}",
+            tokens(1, 9),
+            (tokens(2, 12), tokens(2, 12)),
+            (1.0, 0.0),
+            weights[i] if weights else 1.0,
+            ("gold", "s"),
+            0,
+        )
         for i in range(n)
     ]
 
 
 def frozen_under(model: torch.nn.Module, groups: Sequence[Group]) -> dict[str, list[Frozen]]:
     lines = iter(
-        score(model, [g.prompt for g in groups for _ in (0, 1)], [c for g in groups for c in g.completions], batch_size=3)
+        score(
+            model, [g.prompt for g in groups for _ in (0, 1)], [c for g in groups for c in g.completions], batch_size=3
+        )
     )
     return {"reference": [Frozen(g.sha, "reference", "r", (next(lines), next(lines))) for g in groups]}
 
@@ -79,7 +89,14 @@ class Memory:
         return "kept.json"
 
 
-def run(model: torch.nn.Module, groups: Sequence[Group], frozen: dict[str, list[Frozen]], states: Memory, beta: float = 0.1, **settings: object) -> None:
+def run(
+    model: torch.nn.Module,
+    groups: Sequence[Group],
+    frozen: dict[str, list[Frozen]],
+    states: Memory,
+    beta: float = 0.1,
+    **settings: object,
+) -> None:
     method = methods.make("spin", {"beta": beta})
     train(model, groups, frozen, method.loss, method.metrics, TrainConfig(**settings), states, seed=1)  # type: ignore[arg-type]
 
@@ -160,7 +177,10 @@ def test_one_step_equals_trl(tmp_path: object, monkeypatch: pytest.MonkeyPatch) 
     got = gradient(policy, groups, frozen_under(reference, groups), method.loss, method.metrics, micro_batch=2)
     norm = float(torch.nn.utils.get_total_norm([p.grad for p in policy.parameters() if p.grad is not None]))
 
-    rows = [{"prompt_ids": list(g.prompt), "chosen_ids": list(g.completions[0]), "rejected_ids": list(g.completions[1])} for g in groups]
+    rows = [
+        {"prompt_ids": list(g.prompt), "chosen_ids": list(g.completions[0]), "rejected_ids": list(g.completions[1])}
+        for g in groups
+    ]
     args = DPOConfig(
         output_dir=str(tmp_path), beta=0.1, per_device_train_batch_size=6, max_steps=1, learning_rate=1e-3, max_length=None,
         bf16=False, gradient_checkpointing=False, logging_steps=1, report_to=[], use_cpu=True, save_strategy="no", disable_tqdm=True,
@@ -170,7 +190,9 @@ def test_one_step_equals_trl(tmp_path: object, monkeypatch: pytest.MonkeyPatch) 
     seen: dict[str, float] = {}
 
     class Keep(TrainerCallback):
-        def on_log(self, args: object, state: object, control: object, logs: dict[str, float] | None = None, **_: object) -> None:
+        def on_log(
+            self, args: object, state: object, control: object, logs: dict[str, float] | None = None, **_: object
+        ) -> None:
             seen.update({k: v for k, v in (logs or {}).items() if k in ("loss", "grad_norm")})
 
     trainer = DPOTrainer(
@@ -243,7 +265,9 @@ def test_a_weight_of_two_is_the_pair_twice() -> None:
     found = []
     for some in (doubled, weighed):
         model = llama(0, torch.float64)
-        got = gradient(model, some, frozen_under(llama(7, torch.float64), some), method.loss, method.metrics, micro_batch=3)
+        got = gradient(
+            model, some, frozen_under(llama(7, torch.float64), some), method.loss, method.metrics, micro_batch=3
+        )
         found.append((got.loss, torch.cat([p.grad.flatten() for p in model.parameters()])))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-12)
     assert torch.allclose(found[0][1], found[1][1], rtol=1e-9, atol=1e-14)
@@ -256,7 +280,17 @@ def test_gradient_checkpointing_changes_nothing() -> None:
     for checkpointing in (False, True):
         model = llama(attention_dropout=0.5)
         before = flat(model)
-        run(model, groups, frozen, Memory(), batch_size=8, max_steps=2, lr=1e-3, warmup=0.0, gradient_checkpointing=checkpointing)
+        run(
+            model,
+            groups,
+            frozen,
+            Memory(),
+            batch_size=8,
+            max_steps=2,
+            lr=1e-3,
+            warmup=0.0,
+            gradient_checkpointing=checkpointing,
+        )
         changes.append(flat(model) - before)
     assert changes[0].norm() > 0
     assert torch.allclose(changes[0], changes[1], rtol=1e-4, atol=1e-7)
@@ -371,7 +405,9 @@ def test_a_resumed_training_ends_with_the_same_bits(optimizer: str) -> None:
 def test_a_non_finite_loss_is_not_stepped_on() -> None:
     groups = pairs(8)
     frozen = frozen_under(llama(), groups)
-    bad = Frozen(groups[5].sha, "reference", "r", ((math.nan,) * len(groups[5].completions[0]), frozen["reference"][5].logps[1]))
+    bad = Frozen(
+        groups[5].sha, "reference", "r", ((math.nan,) * len(groups[5].completions[0]), frozen["reference"][5].logps[1])
+    )
     frozen["reference"][5] = bad
     model, states = llama(), Memory()
     before = flat(model)

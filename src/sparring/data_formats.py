@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -32,6 +33,8 @@ FORMATS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
 
 _KEYS = ("prompt", "completion", "system", "messages", "generated")
 _ROLES = {"human": "user", "gpt": "assistant"}
+_ROLE = re.compile(r"[A-Za-z][\w-]{0,31}")
+"""Templates write roles out, so one with `|>` in it could close the turn it names."""
 _SPEAKERS = ("human", "gpt", "system", "user", "assistant")
 _WAY_OUT = "name yours with data.columns.prompt=… and data.columns.completion=… (or data.columns.messages=…)"
 
@@ -212,6 +215,8 @@ def _turn(turn: Any, what: str) -> Message:
     role = _text(turn[role_key], f"`{role_key}` in {what}")
     if sharegpt and role not in _SPEAKERS:
         raise BadRow(f"{what} is from {show(role)}; known are {', '.join(_SPEAKERS)}")
+    if not _ROLE.fullmatch(role):
+        raise BadRow(f"{what} has the role {show(role)}; a role is one plain word")
     return Message(_ROLES.get(role, role), _text(turn[text_key], f"`{text_key}` in {what}"))
 
 

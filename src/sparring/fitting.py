@@ -33,12 +33,13 @@ def render(
 ) -> Rendering:
     """Token ids of every example; `context` and `max_new_tokens` are in tokens.
 
-    A prompt may fill `data.max_prompt_tokens`, else what the context leaves beside `max_new_tokens`. An answer may fill
+    A prompt may fill `data.max_prompt_tokens`, and no more than the context leaves beside `max_new_tokens`. An answer may fill
     `data.max_answer_tokens` and what the context leaves behind its prompt, the end token counted; a longer one is cut
     and has none. Raises InputError, naming the row, for a prompt that is too long (`data.long_prompt="fail"`) or that
     the template refuses, and where no row is left.
     """
-    limit = context - max_new_tokens if data.max_prompt_tokens is None else min(data.max_prompt_tokens, context - 1)
+    room = context - max_new_tokens
+    limit = min(data.max_prompt_tokens or room, room)
     if limit < 1:
         raise InputError(
             f"play.max_new_tokens: {max_new_tokens} tokens leave no room for a prompt in the model's context of {context}; lower it"
@@ -66,9 +67,8 @@ def _rows(
     for example, prompt, gold, generated in zip(examples, prompts, golds, generations, strict=True):
         cut = ["prompt"] if len(prompt) > limit else []
         if cut and data.long_prompt == "fail":
-            setting = (
-                "data.max_prompt_tokens" if data.max_prompt_tokens else "the model's context less play.max_new_tokens"
-            )
+            own = data.max_prompt_tokens == limit
+            setting = "data.max_prompt_tokens" if own else "the model's context less play.max_new_tokens"
             raise InputError(
                 f"{_where(example)}: the prompt has {len(prompt)} tokens and the limit is {limit} ({setting}); shorten it, "
                 "raise the limit, or set data.long_prompt to drop or keep_end"

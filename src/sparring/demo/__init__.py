@@ -33,7 +33,7 @@ class Figures:
 
     players: dict[int, dict[str, Any]]
     controls: dict[str, dict[str, Any]]
-    """Continued SFT first, then the SFT player sampled colder."""
+    """Continued SFT first, then the SFT player sampled colder, last the data themselves."""
 
 
 def recipe(out: Path, seed: int) -> Tree:
@@ -122,21 +122,30 @@ def test_split(view: RunView, controls: Mapping[str, RunView]) -> Figures:
     """Every player, control and colder decoding on the test split, which nothing was chosen by."""
     rows = {name: test_figures(run, max(run.players)) for name, run in controls.items()}
     colder = {t: test_figures(view, 0, temperature=t) for t in COLDER}
-    return Figures(
-        {n: test_figures(view, n) for n in sorted(view.players) if n >= 0},
-        rows | {f"player 0 sampled at T = {t}": figures for t, figures in colder.items()},
-    )
+    rows |= {f"player 0 sampled at T = {t}": figures for t, figures in colder.items()}
+    rows["the training answers themselves"] = {"sampled": data_accuracy(view)}
+    return Figures({n: test_figures(view, n) for n in sorted(view.players) if n >= 0}, rows)
+
+
+def data_accuracy(view: RunView) -> float:
+    """Share of right training answers: what a perfect copy of the data would score at temperature 1."""
+    from statistics import fmean
+
+    from sparring.demo.task import verify
+
+    return round(fmean(bool(verify(e, e.gold or "")) for e in view.examples.values()), 4)
 
 
 def summarise(view: RunView, figures: Figures, seconds: Mapping[str, float]) -> dict[str, Any]:
     """`summary.json`: accuracies as shares and gold_nll in nats per answer, each with its standard error."""
-    control, *colder = figures.controls.values()
+    control, *others = figures.controls.values()
     return {
         "seed": view.config.seed,
         "best": view.best,
         "players": [{"player": n, "made_by": view.made_by(n), **_flat(f)} for n, f in figures.players.items()],
         "control": _flat(control),
-        "colder": {str(t): f["sampled"]["mean"] for t, f in zip(COLDER, colder, strict=True)},
+        "colder": {str(t): f["sampled"]["mean"] for t, f in zip(COLDER, others, strict=False)},
+        "data": others[-1]["sampled"],
         "seconds": dict(seconds),
     }
 
