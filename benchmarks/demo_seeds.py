@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from sparring import api, demo
-from sparring.runview import RunView
-from sparring.store import write_json
+from sparring.rundir.store import write_json
+from sparring.rundir.view import RunView
 
 RATES = (3e-4, 1e-3, 2e-3)
 

@@ -1,4 +1,4 @@
-"""A run without a disk: the attributes of `sparring.runview.RunView`, made from real dataclasses."""
+"""A run without a disk: the attributes of `sparring.rundir.view.RunView`, made from real dataclasses."""
 
 from __future__ import annotations
 

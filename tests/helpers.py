@@ -136,6 +136,6 @@ def tree_hash(folder: Path) -> dict[str, str]:
 def player_shas(run: Path) -> dict[int, str]:
     """Player number to content hash, computed from the files on disk."""
     from sparring import players
-    from sparring.runview import RunView
+    from sparring.rundir.view import RunView
 
     return {number: players.identify(player.path) for number, player in RunView(run).players.items()}

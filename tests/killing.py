@@ -12,7 +12,7 @@ import torch
 
 import sparring
 from sparring.rundir import RunDir
-from sparring.states import TrainStates
+from sparring.rundir.states import TrainStates
 
 Event = tuple[str, str, str, str]
 """Stage folder (empty between stages), system call, name of the file, `before` or `after`."""

@@ -127,7 +127,7 @@ def test_run_from_a_recipe_then_again_then_from_its_folder(
 
 
 def test_run_from_flags_alone(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
-    from sparring.runview import RunView
+    from sparring.rundir.view import RunView
 
     out = tmp_path / "2024"  # a folder whose name YAML would read as a number
     model = shutil.copytree(tiny_model, tmp_path / "7")
@@ -217,7 +217,7 @@ def test_status(finished_run: Path) -> None:
 
 
 def test_show(finished_run: Path) -> None:
-    from sparring.runview import RunView
+    from sparring.rundir.view import RunView
     from sparring.types import Group, Sample
 
     view = RunView(finished_run)
@@ -251,7 +251,7 @@ def test_check_loads_no_weights(tiny_recipe: dict[str, Any], tmp_path: Path, no_
 def test_init_writes_the_defaults(tmp_path: Path) -> None:
     from sparring import methods
     from sparring.config import SECTIONS, Config, fields
-    from sparring.recipe import load, read_recipe, recipe_with_defaults
+    from sparring.config.recipe import load, read_recipe, recipe_with_defaults
 
     path = tmp_path / "recipe.yaml"
     assert cli("init", path).code == 0
@@ -321,7 +321,7 @@ def short(example, answer):
 def test_own_method_and_verifier_from_one_file(
     tiny_model: Path, tiny_data: Path, tmp_path: Path, finished_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sparring.runview import RunView
+    from sparring.rundir.view import RunView
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "own.py").write_text(OWN)
@@ -384,7 +384,7 @@ def nasty_run(shared: Path) -> Path:
 def test_no_text_becomes_a_control_token(nasty_run: Path) -> None:
     import toy_tokenizers
     from sparring.prompts import Renderer
-    from sparring.runview import RunView
+    from sparring.rundir.view import RunView
     from sparring.types import Group
 
     tokenizer = toy_tokenizers.chatml()

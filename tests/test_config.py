@@ -13,8 +13,8 @@ import yaml
 import sparring
 from sparring import methods
 from sparring.config import SECTIONS, Config, Section, TrainConfig, fields
+from sparring.config.recipe import load, override, read_recipe, recipe_with_defaults
 from sparring.errors import InputError
-from sparring.recipe import load, override, read_recipe, recipe_with_defaults
 
 DEFAULTS: dict[str, Any] = {
     "run": "runs/spin",

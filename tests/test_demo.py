@@ -12,7 +12,7 @@ import pytest
 from helpers import cli
 from sparring import demo
 from sparring.demo import task
-from sparring.runview import RunView
+from sparring.rundir.view import RunView
 
 whole_recipe = demo.recipe
 

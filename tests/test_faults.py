@@ -16,8 +16,8 @@ from rundirs import interrupt, needs_proc, records, refused
 from sparring.errors import InputError, NonFiniteError
 from sparring.plan import Stage
 from sparring.rundir import RunDir
-from sparring.runview import RunView
-from sparring.store import read_json
+from sparring.rundir.store import read_json
+from sparring.rundir.view import RunView
 
 NAN = """
 import torch

@@ -13,7 +13,7 @@ import sparring
 from helpers import player_shas, recipe, tree_hash
 from rundirs import records
 from sparring.errors import InputError
-from sparring.runview import RunView
+from sparring.rundir.view import RunView
 
 SHARED = [
     "data",

@@ -16,8 +16,8 @@ from safetensors import safe_open
 
 from helpers import recipe
 from killing import WARM, Event, run_noting
-from sparring.runview import RunView
-from sparring.store import Rows
+from sparring.rundir.store import Rows
+from sparring.rundir.view import RunView
 from sparring.types import Frozen, Group, Sample
 
 TESTS = Path(__file__).parent

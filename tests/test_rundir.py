@@ -18,8 +18,8 @@ from helpers import cli, player_shas, recipe, rows, tree_hash, write_jsonl, writ
 from rundirs import records, refused
 from sparring.errors import BusyError, InputError
 from sparring.rundir import RunDir
-from sparring.runview import RunView
-from sparring.store import read_json, write_json
+from sparring.rundir.store import read_json, write_json
+from sparring.rundir.view import RunView
 
 LATER = [f"round_001/{name}" for name in ("samples", "groups", "frozen", "player", "eval")]
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from sparring import store
 from sparring.evaluate import Item
-from sparring.store import Rows, read_json, write_json, write_shard, write_shards, write_text
+from sparring.rundir import store
+from sparring.rundir.store import Rows, read_json, write_json, write_shard, write_shards, write_text
 from sparring.types import Example, Frozen, Group, Message, Player, Rendered, Sample
 
 ODD = "a\x00b \u202eשלום 🤺 \r\n\u2028 </s> "

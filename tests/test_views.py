@@ -12,9 +12,9 @@ from rich.console import Console
 from fakerun import example, group, round_view, run_view, sample, summary
 from sparring import views
 from sparring.errors import InputError
-from sparring.show import marked
-from sparring.shown import clip, figure, seconds, visible
+from sparring.formatting import clip, figure, seconds, visible
 from sparring.types import Frozen, Player, Rendered
+from sparring.views.show import marked
 
 
 def lines(renderable: Any, width: int = 120) -> list[str]:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from sparring.errors import BusyError, InputError, NonFiniteError, SparringError
     from sparring.judge.verify import load_verifier
     from sparring.report import write_report
-    from sparring.runview import RunView
+    from sparring.rundir.view import RunView
     from sparring.types import (
         Batch,
         Example,
@@ -76,7 +76,7 @@ _HOMES = {
     "errors": {"BusyError", "InputError", "NonFiniteError", "SparringError"},
     "judge.verify": {"load_verifier"},
     "report": {"write_report"},
-    "runview": {"RunView"},
+    "rundir.view": {"RunView"},
     "types": {name for name in __all__ if name[0].isupper() and not name.endswith("Error") and name != "RunView"},
 }
 

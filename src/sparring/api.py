@@ -16,13 +16,13 @@ from typing import Any
 
 from sparring import data, methods, players
 from sparring.config import Config, Tree
+from sparring.config.recipe import load, override, read_recipe, recipe_with_defaults
 from sparring.errors import InputError
 from sparring.judge.verify import load_verifier
 from sparring.plan import Plan, RoundPlan, Stage, make_plan
 from sparring.plugins import is_file_reference
-from sparring.recipe import load, override, read_recipe, recipe_with_defaults
 from sparring.rundir import RunDir, Touched
-from sparring.runview import RunView, check_format, read_run_recipe
+from sparring.rundir.view import RunView, check_format, read_run_recipe
 from sparring.types import Player
 
 STAGE_OF_COMMAND = {"play": "samples", "pair": "groups", "freeze": "frozen", "train": "player", "eval": "eval"}

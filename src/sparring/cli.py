@@ -133,7 +133,7 @@ _stage_command("eval", "One stage: evaluate the player that this round made.")
 def status(path: Run) -> None:
     """What is done, what it gave, how long it took."""
     from sparring import views
-    from sparring.runview import RunView
+    from sparring.rundir.view import RunView
 
     _print(views.status(RunView(path)))
 
@@ -147,7 +147,7 @@ def show(
 ) -> None:
     """Samples, or pairs side by side with what differs marked."""
     from sparring import views
-    from sparring.runview import RunView
+    from sparring.rundir.view import RunView
 
     views_by_name = {"samples": views.show_samples, "groups": views.show_groups}
     if what not in views_by_name:
@@ -159,7 +159,7 @@ def show(
 def report(path: Run) -> None:
     """Write the run's report.html."""
     from sparring.report import write_report
-    from sparring.runview import RunView
+    from sparring.rundir.view import RunView
 
     typer.echo(f"report: {write_report(RunView(path), path / 'report.html')}")
 
@@ -190,7 +190,7 @@ def fork(
 @app.command()
 def init(path: Annotated[str, typer.Argument(help="File to write; `-` prints it.")] = "recipe.yaml") -> None:
     """Write a recipe with every key, its default and what it means."""
-    from sparring.init import recipe_text
+    from sparring.config.init import recipe_text
 
     if path == "-":
         typer.echo(recipe_text(), nl=False)
@@ -226,7 +226,7 @@ def try_players(
 ) -> None:
     """Type a prompt, see the players answer side by side; an empty line or Ctrl-D ends it."""
     from sparring import preview, views
-    from sparring.runview import RunView
+    from sparring.rundir.view import RunView
 
     view = RunView(path)
     bench = preview.Bench(view, preview.chosen_players(view, players.split(",")))

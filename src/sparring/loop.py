@@ -14,7 +14,7 @@ from pathlib import Path
 from sparring import stages
 from sparring.plan import Stage
 from sparring.rundir import Counts
-from sparring.store import read_json
+from sparring.rundir.store import read_json
 from sparring.workshop import Workshop
 
 log = logging.getLogger("sparring")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from sparring import data, players, prompts
 from sparring.config import Config, Tree
 from sparring.errors import InputError
-from sparring.runview import RunView
+from sparring.rundir.view import RunView
 from sparring.types import Message, Player
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from sparring.judge.verify import load_verifier
 from sparring.plan import RoundPlan
 from sparring.progress import bar
 from sparring.rundir import Counts
-from sparring.store import Rows, write_json, write_shard, write_shards
+from sparring.rundir.store import Rows, write_json, write_shard, write_shards
 from sparring.types import Example, Frozen, Group, Player, Rendered, Sample
 from sparring.workshop import Workshop
 

@@ -10,7 +10,7 @@ from sparring.config import Config
 from sparring.errors import InputError, SparringError
 from sparring.plan import Plan
 from sparring.rundir import RunDir
-from sparring.store import Rows, read_json
+from sparring.rundir.store import Rows, read_json
 from sparring.types import Example, Player
 
 if TYPE_CHECKING:

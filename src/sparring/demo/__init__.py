@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparring.config import Tree
-from sparring.store import read_json, write_json
+from sparring.rundir.store import read_json, write_json
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from sparring.runview import RunView
+    from sparring.rundir.view import RunView
 
 log = logging.getLogger("sparring")
 
@@ -80,8 +80,8 @@ def recipe(out: Path, seed: int) -> Tree:
 def demo(out: Path, seed: int) -> Table:
     """Run it, or continue it; writes `summary.json` and `report.html` and returns the table."""
     from sparring import api, views
+    from sparring.formatting import player_rows
     from sparring.report import write_report
-    from sparring.shown import player_rows
 
     started = time.perf_counter()
     make_task(out, seed)

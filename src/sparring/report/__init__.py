@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparring.errors import InputError
+from sparring.formatting import NONE, clip, figure, player_rows, rows, seconds, stages, visible
 from sparring.report.verdict import Z95, verdict
-from sparring.shown import NONE, clip, figure, player_rows, rows, seconds, stages, visible
 from sparring.types import Frozen, Message, Sample
 
 if TYPE_CHECKING:
-    from sparring.runview import RoundView, RunView
+    from sparring.rundir.view import RoundView, RunView
 
 MOST_EXAMPLES = 40
 MOST_CHARACTERS = 4000

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from sparring.runview import RunView
+    from sparring.rundir.view import RunView
 
 _MOST_POINTS = 120
 _INK, _GRID = "#010203", "#010204"

@@ -9,7 +9,7 @@ from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sparring.runview import RunView
+    from sparring.rundir.view import RunView
 
 Z95 = 1.96
 """Half-width of a 95 % interval in standard errors."""

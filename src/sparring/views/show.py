@@ -14,11 +14,11 @@ from rich.table import Table
 from rich.text import Text
 
 from sparring.errors import InputError
-from sparring.shown import NONE, clip, rows, visible
+from sparring.formatting import NONE, clip, rows, visible
 from sparring.types import Frozen, Group, Message, Sample
 
 if TYPE_CHECKING:
-    from sparring.runview import RoundView, RunView
+    from sparring.rundir.view import RoundView, RunView
 
 LONGEST = 2000
 """Characters shown of one text; comparing words takes quadratic time in the worst case."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from sparring.data_files import BATCH, SUFFIXES, Row, file_rows, table_rows
+from sparring.data.files import BATCH, SUFFIXES, Row, file_rows, table_rows
 from sparring.errors import InputError
 
 _LOCAL_SUFFIXES = (*SUFFIXES, ".tsv", ".txt", ".arrow", ".gz", ".zip", ".zst")

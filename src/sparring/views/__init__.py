@@ -18,14 +18,14 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from sparring.show import LONGEST, show_groups, show_samples
-from sparring.shown import NONE, clip, figure, player_rows, seconds, stages, visible
+from sparring.formatting import NONE, clip, figure, player_rows, seconds, stages, visible
 from sparring.types import Player, Rendered
+from sparring.views.show import LONGEST, show_groups, show_samples
 
 if TYPE_CHECKING:
     from sparring.play.hf import Answer
     from sparring.prompts import Renderer
-    from sparring.runview import RunView
+    from sparring.rundir.view import RunView
 
 __all__ = ["answers", "check", "method", "methods", "results", "show_groups", "show_samples", "status"]
 

@@ -16,9 +16,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from sparring.control import ControlTokens, unicode_text
 from sparring.errors import InputError
-from sparring.fitting import Rendering, render
+from sparring.prompts.control import ControlTokens, unicode_text
+from sparring.prompts.fitting import Rendering, render
 from sparring.types import Message
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from sparring.data_files import BadRow, kind, show
+from sparring.data.files import BadRow, kind, show
 from sparring.errors import InputError
 from sparring.nearest import nearest
 from sparring.types import Example, Message

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from sparring import methods
 from sparring.config import Config
+from sparring.config.recipe import load, read_recipe
 from sparring.errors import InputError
 from sparring.plan import FORMAT, round_folder
-from sparring.recipe import load, read_recipe
 from sparring.rundir import best_target
-from sparring.states import read_log
-from sparring.store import Rows, read_json
+from sparring.rundir.states import read_log
+from sparring.rundir.store import Rows, read_json
 from sparring.types import Example, Player
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
-    from sparring.runview import RoundView, RunView
+    from sparring.rundir.view import RoundView, RunView
 
 T = TypeVar("T")
 NONE = "\u2013"

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sparring.config import DataConfig
-from sparring.control import unicode_text
 from sparring.errors import InputError
+from sparring.prompts.control import unicode_text
 from sparring.types import Example, Rendered
 
 if TYPE_CHECKING:

@@ -18,8 +18,8 @@ import yaml
 from pydantic import ValidationError
 
 from sparring.config import SECTIONS, Config, PlayConfig, Round, Section, TrainConfig, Tree
+from sparring.config.source import Keys, Source
 from sparring.errors import InputError
-from sparring.source import Keys, Source
 
 S = TypeVar("S", bound=Section)
 Signature = Callable[[str], inspect.Signature]

@@ -8,9 +8,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from sparring.data_files import BadRow, show
-from sparring.data_formats import check_columns, content_id, parse, prompt_identity
-from sparring.data_sources import Source, digest, find, rows
+from sparring.data.files import BadRow, show
+from sparring.data.formats import check_columns, content_id, parse, prompt_identity
+from sparring.data.sources import Source, digest, find, rows
 from sparring.errors import InputError
 from sparring.nearest import nearest
 from sparring.types import Example

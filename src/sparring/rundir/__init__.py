@@ -25,8 +25,8 @@ import yaml
 from sparring.config import Tree
 from sparring.errors import BusyError, InputError
 from sparring.plan import FORMAT, Stage
-from sparring.states import TrainStates
-from sparring.store import read_json, sync, write_json, write_text
+from sparring.rundir.states import TrainStates
+from sparring.rundir.store import read_json, sync, write_json, write_text
 from sparring.types import Player
 
 Counts = Mapping[str, Any]

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sparring.store import sync, whole, write_json, write_text
+from sparring.rundir.store import sync, whole, write_json, write_text
 from sparring.types import Group
 
 if TYPE_CHECKING:
