@@ -7,7 +7,8 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
+# `CUDA_VISIBLE_DEVICES=0 pytest -m gpu` runs the tests that need one.
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 import socket
 from pathlib import Path

@@ -1,0 +1,217 @@
+"""The loop's data flow on a tiny run: who is frozen, what is trained on, what is replayed, what is given."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import sparring
+from helpers import recipe, write_jsonl
+from sparring import players
+from sparring.config import ModelConfig
+from sparring.errors import SparringError
+from sparring.logps import score
+from sparring.rundir.view import RunView
+from sparring.types import Frozen, Group, Sample
+
+
+def rescored(view: RunView, number: int, groups: list[Group]) -> list[tuple[tuple[float, ...], ...]]:
+    """Per-token log-probs of groups under a player, loaded from its folder."""
+    model = players.load_model(view.players[number].path, ModelConfig(device="cpu"))
+    lines = [[score(model, [g.prompt], [c], batch_size=1)[0] for c in g.completions] for g in groups]
+    return [tuple(line) for line in lines]
+
+
+def close(one: tuple[tuple[float, ...], ...], two: tuple[tuple[float, ...], ...]) -> bool:
+    flat_one, flat_two = ([x for line in lines for x in line] for lines in (one, two))
+    return flat_one == pytest.approx(flat_two, abs=1e-5)
+
+
+def test_every_round_starts_at_log_2_against_its_own_opponent(finished_run: Path) -> None:
+    view = RunView(finished_run)
+    assert [(r.t, r.method) for r in view.rounds] == [(-1, "sft"), (0, "spin"), (1, "spin")]
+    for r in view.rounds[1:]:
+        assert {role: player.round for role, player in r.roles.items()} == {
+            "opponent": r.t,
+            "reference": r.t,
+            "start": r.t,
+        }
+        assert {player.sha for player in r.roles.values()} == {view.players[r.t].sha}
+        assert r.log[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+        assert {s.player for s in r.rows("samples", Sample)} == {view.players[r.t].sha}
+        groups, frozen = list(r.rows("groups", Group)), list(r.rows("frozen", Frozen))
+        assert [f.group for f in frozen] == [g.sha for g in groups]
+        for row, expected in zip(frozen, rescored(view, r.t, groups), strict=True):
+            assert close(row.logps, expected)
+
+
+def test_samples_carry_the_players_own_log_probs(finished_run: Path) -> None:
+    """What the sampler kept equals teacher forcing on the same tokens."""
+    view = RunView(finished_run)
+    r = view.rounds[1]
+    prompts = {g.example_id: g.prompt for g in r.rows("groups", Group)}
+    model = players.load_model(view.players[0].path, ModelConfig(device="cpu"))
+    for sample in r.rows("samples", Sample):
+        again = score(model, [prompts[sample.example_id]], [sample.tokens], batch_size=1)[0]
+        assert list(sample.logps) == pytest.approx(list(again), abs=1e-5)
+
+
+def test_per_round_lists_reach_their_round(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    rounds = [
+        {
+            "method": "spin",
+            "repeat": 2,
+            "beta": [0.5, 2.0],
+            "train": {"lr": [1e-3, 1e-4], "warmup": 0.0, "schedule": "constant"},
+        }
+    ]
+    view = sparring.run(recipe(tmp_path / "run", tiny_model, tiny_data, rounds=rounds))
+    assert [r.hyper["beta"] for r in view.rounds] == [0.5, 2.0]
+    assert [{row["lr"] for row in r.log} for r in view.rounds] == [{1e-3}, {1e-4}]
+    assert sorted(view.players) == [0, 1, 2]
+    assert view.players[0].path == str(tiny_model)
+
+
+def test_memory_replays_the_last_round_against_this_rounds_opponent(
+    tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    rounds = [{"method": "spin", "repeat": 3, "memory": 1, "memory_weight": 0.5, "train": {"lr": 1e-2}}]
+    view = sparring.run(recipe(tmp_path / "run", tiny_model, tiny_data, rounds=rounds))
+    own = {r.t: [g for g in r.rows("groups", Group) if g.origin_round == r.t] for r in view.rounds}
+    for r in view.rounds:
+        groups = list(r.rows("groups", Group))
+        old = [g for g in groups if g.origin_round != r.t]
+        # Only the round before: what that one replayed itself is not passed on.
+        assert [g.sha for g in old] == [g.sha for g in own.get(r.t - 1, [])]
+        assert {g.weight for g in old} <= {0.5}
+        assert r.counts["groups"]["replayed"] == len(old)
+        for row, expected in zip(r.rows("frozen", Frozen), rescored(view, r.t, groups), strict=True):
+            assert close(row.logps, expected)
+    # With another opponent than the one that answered, old pairs start with a margin.
+    assert len(own[0]) == 12
+
+
+def with_generated(path: Path) -> Path:
+    return write_jsonl(
+        path,
+        [
+            {
+                "real": [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": f"it is {i}"}],
+                "generated": [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": f"is {i} it"}],
+            }
+            for i in range(10, 22)
+        ],
+    )
+
+
+def test_answers_that_came_with_the_data_are_round_0s_samples(tiny_model: Path, tmp_path: Path) -> None:
+    data = with_generated(tmp_path / "spin.jsonl")
+    tree = recipe(
+        tmp_path / "run", tiny_model, data, rounds=[{"method": "spin", "repeat": 2}], evaluate={"verifier": None}
+    )
+    view = sparring.run(tree)
+    first, second = view.rounds
+    given = list(first.rows("samples", Sample))
+    assert {s.player for s in given} == {"unknown"}
+    assert {s.settings_id for s in given} == {"off-policy"}
+    assert all(s.text.startswith("is ") and s.text.endswith(" it") and s.finish == "stop" for s in given)
+    assert first.counts["samples"]["off_policy"] == len(given) == 8
+    model = players.load_model(str(tiny_model), ModelConfig(device="cpu"))
+    prompts = {g.example_id: g.prompt for g in first.rows("groups", Group)}
+    for sample in given:  # rescored by player 0, as nobody knows who wrote them
+        again = score(model, [prompts[sample.example_id]], [sample.tokens], batch_size=1)[0]
+        assert list(sample.logps) == pytest.approx(list(again), abs=1e-5)
+    assert {s.player for s in second.rows("samples", Sample)} == {view.players[1].sha}
+    assert view.rounds[1].counts["samples"]["off_policy"] == 0
+
+
+def test_gold_only_leaves_them_out(tiny_model: Path, tmp_path: Path) -> None:
+    data = with_generated(tmp_path / "spin.jsonl")
+    tree = recipe(
+        tmp_path / "run",
+        tiny_model,
+        data,
+        rounds=[{"method": "spin"}],
+        data={"gold_only": True},
+        evaluate={"verifier": None},
+    )
+    view = sparring.run(tree)
+    assert {s.player for s in view.rounds[0].rows("samples", Sample)} == {view.players[0].sha}
+
+
+def test_limit_takes_the_first_examples_of_the_shuffle(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    rounds = [{"method": "sft"}, {"method": "spin", "limit": 5, "play": {"samples": 3}, "duplicates": "drop"}]
+    view = sparring.run(recipe(tmp_path / "run", tiny_model, tiny_data, rounds=rounds))
+    order = list(view.examples)
+    assert [g.example_id for g in view.rounds[0].rows("groups", Group)] == order
+    samples = list(view.rounds[1].rows("samples", Sample))
+    assert sorted({s.example_id for s in samples}, key=order.index) == order[:5]
+    assert [sum(s.example_id == name for s in samples) for name in order[:5]] == [3] * 5
+    assert {s.index for s in samples} == {0, 1, 2}
+
+
+def test_nothing_left_to_train_on_is_an_error_not_a_silent_round(
+    tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    own = tmp_path / "none.py"
+    own.write_text(
+        "import dataclasses\n"
+        "from sparring.methods import spin\n"
+        "from sparring.types import Paired\n"
+        "def method(*, beta: float = 0.1):\n"
+        "    plain = spin.method(beta=beta)\n"
+        "    return dataclasses.replace(plain, groups=lambda rows, samples, t: Paired([], {'identical': len(samples)}))\n"
+    )
+    with pytest.raises(
+        SparringError, match=r"nothing to train on: of 12 samples all were dropped \(\{'identical': 12\}\)"
+    ):
+        sparring.run(recipe(tmp_path / "run", tiny_model, tiny_data, rounds=[{"method": f"{own}:method"}]))
+
+
+def test_bf16_compute_runs_with_float32_players(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    tree = recipe(tmp_path / "run", tiny_model, tiny_data, rounds=[{"method": "spin"}])
+    tree["model"]["compute"] = "bfloat16"
+    view = sparring.run(tree)
+    assert view.rounds[0].log[0]["loss"] == pytest.approx(math.log(2), abs=5e-2)
+    model = players.load_model(view.players[1].path, ModelConfig(device="cpu"))
+    start = players.load_model(str(tiny_model), ModelConfig(device="cpu"))
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    moved = [a != b for a, b in zip(model.parameters(), start.parameters(), strict=True)]
+    # A learning rate of 1e-3 in bf16 weights would leave most of them where they were.
+    assert sum(float(m.sum()) for m in moved) > 0.5 * sum(m.numel() for m in moved)
+
+
+def test_best_is_the_last_player_within_one_standard_error() -> None:
+    scores = {0: (0.50, 0.02), 1: (0.60, 0.02), 2: (0.585, 0.02), 3: (0.57, 0.02)}
+    assert sparring.best_of(scores) == 2
+    assert sparring.best_of({0: (3.0, 0.1), 1: (2.0, 0.1), 2: (2.05, 0.1), 3: (2.2, 0.1)}, lower_wins=True) == 2
+
+
+def test_a_player_is_an_ordinary_hugging_face_folder(finished_run: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    view = RunView(finished_run)
+    folder = view.players[2].path
+    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+    assert model.dtype == torch.float32
+    assert AutoTokenizer.from_pretrained(folder, local_files_only=True).eos_token == "<eos>"
+    card = (Path(folder) / "README.md").read_text()
+    assert "Player 2" in card and view.players[1].sha[:16] in card and "beta: 0.1" in card
+    assert (finished_run / "best").resolve() == (Path(view.players[view.best or 0].path)).resolve()
+
+
+@pytest.mark.gpu
+def test_a_round_on_a_gpu_is_the_cpus(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    """float32 on CUDA: same start, losses close to the CPU's; auto compute is bfloat16 there."""
+    found: dict[str, Any] = {}
+    for device in ("cpu", "cuda"):
+        tree = recipe(tmp_path / device, tiny_model, tiny_data, rounds=[{"method": "spin"}])
+        tree["model"] |= {"device": device, "compute": "float32"}
+        found[device] = sparring.run(tree).rounds[0].log
+    assert found["cuda"][0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert [r["loss"] for r in found["cuda"]] == pytest.approx([r["loss"] for r in found["cpu"]], rel=1e-2)
+    assert players.compute_dtype(ModelConfig(device="cuda")) == torch.bfloat16
