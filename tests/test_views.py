@@ -93,8 +93,7 @@ def test_status_shows_stages_figures_best_player_and_size(tmp_path: Path) -> Non
         "0        given              –            –   12.00 ± 0.25",
         "1 ★      spin      50.0 ± 3.5   55.0 ± 3.5   11.00 ± 0.25",
         "2        spin               –            –              –",
-        "★ best; ± one standard error; gold_nll in nats, lower is",
-        "better",
+        "★ best; ± one standard error; gold_nll in nats, lower is better",
     ]
 
 

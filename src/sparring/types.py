@@ -73,8 +73,6 @@ class Player:
     """Its number: round t starts from player t and produces player t+1."""
     sha: str
     """Content hash of its weights, configuration and tokenizer."""
-    adapter: str | None = None
-    base_sha: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

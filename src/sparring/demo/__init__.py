@@ -14,7 +14,7 @@ from sparring.config import Tree
 from sparring.rundir.store import read_json, write_json
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import Group as Renderables
 
     from sparring.rundir.view import RunView
 
@@ -44,7 +44,6 @@ def recipe(out: Path, seed: int) -> Tree:
         # More than two threads slow a model of 47k parameters down; whoever set OMP_NUM_THREADS knows better.
         "model": {
             "path": str(out / "task" / "model"),
-            "attention": "eager",
             "threads": None if "OMP_NUM_THREADS" in os.environ else min(2, os.cpu_count() or 1),
         },
         "data": {"path": str(out / "task" / "train.jsonl"), "heldout": str(out / "task" / "validation.jsonl")},
@@ -77,7 +76,7 @@ def recipe(out: Path, seed: int) -> Tree:
     }
 
 
-def demo(out: Path, seed: int) -> Table:
+def demo(out: Path, seed: int) -> Renderables:
     """Run it, or continue it; writes `summary.json` and `report.html` and returns the table."""
     from sparring import api, views
     from sparring.formatting import player_rows

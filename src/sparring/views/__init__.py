@@ -46,7 +46,9 @@ def _stage(state: str, took: float | None) -> Text:
     return Text.assemble((state, style), ("" if took is None else f" {seconds(took)}", "dim"))
 
 
-def results(run: RunView | Sequence[Mapping[str, Any]], extra: Mapping[str, Mapping[str, Any]] | None = None) -> Table:
+def results(
+    run: RunView | Sequence[Mapping[str, Any]], extra: Mapping[str, Mapping[str, Any]] | None = None
+) -> Renderables:
     """One row per player, then one per control of `extra` (name to summary): accuracies in percent, gold_nll in nats.
 
     `run` may also be rows as `player_rows` makes them.
@@ -63,9 +65,8 @@ def results(run: RunView | Sequence[Mapping[str, Any]], extra: Mapping[str, Mapp
             table.add_section()
         table.add_row("", _text(name), *_figures(summary))
     best = "★ best; " if any(row.get("best") for row in rows) else ""
-    table.caption = f"{best}± one standard error; gold_nll in nats, lower is better"
-    table.caption_justify = "left"
-    return table
+    note = f"{best}± one standard error; gold_nll in nats, lower is better"
+    return Renderables(table, Text(note, style="dim"))
 
 
 def _figures(summary: Mapping[str, Any]) -> tuple[str, str, str]:
