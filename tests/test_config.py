@@ -12,7 +12,7 @@ import yaml
 
 import sparring
 from sparring import methods
-from sparring.config import SECTIONS, Config, Section, TrainConfig, fields
+from sparring.config import SECTIONS, Config, PlayConfig, Section, TrainConfig, fields
 from sparring.config.recipe import load, override, read_recipe, recipe_with_defaults
 from sparring.errors import InputError
 
@@ -76,7 +76,14 @@ DEFAULTS: dict[str, Any] = {
         "save_every": 100,
         "log_every": 1,
     },
-    "evaluate": {"verifier": None, "limit": 500, "samples": 1, "temperature": 1.0, "best": "auto"},
+    "evaluate": {
+        "verifier": None,
+        "limit": 500,
+        "samples": 1,
+        "temperature": 1.0,
+        "max_new_tokens": None,
+        "best": "auto",
+    },
 }
 SPIN = {"beta": 0.1, "loss": "logistic", "memory": 0, "memory_weight": 1.0, "duplicates": "weight"}
 EXECUTION = {
@@ -311,3 +318,11 @@ def test_a_method_with_lists_and_optional_numbers() -> None:
     for key, value, problem in (("cap", "x", "finite number"), ("flag", 1, "true or false")):
         with pytest.raises(InputError, match=f"rounds.0.{key}: .* is not .*{problem}"):
             load({"rounds": [{"method": "own", key: value}]}, signature)
+
+
+def test_evaluation_gives_all_players_the_longest_rounds_length() -> None:
+    rounds = [{"method": "sft"}, {"method": "spin", "repeat": 2, "play": {"max_new_tokens": [30, 20]}}]
+    tree = {"play": {"max_new_tokens": 10, "batch_size": 3}, "rounds": rounds}
+    assert loaded(tree).evaluation_play == PlayConfig(max_new_tokens=30, batch_size=3)
+    assert loaded(tree, "evaluate.max_new_tokens=7").evaluation_play.max_new_tokens == 7
+    assert Config().evaluation_play == PlayConfig()

@@ -192,12 +192,22 @@ def test_order_and_limit_on_every_machine(tmp_path: Path) -> None:
 def test_fingerprint(tmp_path: Path) -> None:
     path, held = jsonl(tmp_path / "a" / "x.jsonl", *qa(2)), jsonl(tmp_path / "b.jsonl", *qa(1))
     config = DataConfig(path=str(tmp_path / "a"), heldout=str(held))
-    assert data.fingerprint(config) == {str(p): hashlib.sha256(p.read_bytes()).hexdigest() for p in (path, held)}
-    before = data.fingerprint(config)
+    shas = [hashlib.sha256(p.read_bytes()).hexdigest() for p in (path, held)]
+    assert data.fingerprint(config) == {"train x.jsonl": shas[0], "heldout b.jsonl": shas[1]}
     jsonl(path, *qa(3))
-    assert data.fingerprint(config)[str(path)] != before[str(path)]
+    assert data.fingerprint(config)["train x.jsonl"] != shas[0]
     with pytest.raises(InputError, match="no such file"):
         data.fingerprint(DataConfig(path=str(tmp_path / "c.jsonl")))
+
+
+def test_files_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    first, second = (jsonl(tmp_path / "all" / part / "rows.jsonl", *qa(2, 10 * i)) for i, part in enumerate("ab"))
+    held = jsonl(tmp_path / "held" / "rows.jsonl", *qa(1, 50))
+    found = data.fingerprint(DataConfig(path=str(tmp_path / "all"), heldout=str(held)))
+    assert found == {
+        name: hashlib.sha256(file.read_bytes()).hexdigest()
+        for name, file in (("train a/rows.jsonl", first), ("train b/rows.jsonl", second), ("heldout rows.jsonl", held))
+    }
 
 
 def test_import_stays_light() -> None:

@@ -133,8 +133,8 @@ def test_a_saved_dict_has_splits(tmp_path: Path) -> None:
     config = DataConfig(path=str(folder), heldout_split="test")
     arrow = "data-00000-of-00001.arrow"
     assert data.fingerprint(config) == {
-        str(file): hashlib.sha256(file.read_bytes()).hexdigest()
-        for file in (folder / "train" / arrow, folder / "test" / arrow)
+        f"{part} {arrow}": hashlib.sha256((folder / split / arrow).read_bytes()).hexdigest()
+        for part, split in (("train", "train"), ("heldout", "test"))
     }
     (folder / "train" / arrow).write_bytes(b"no arrow")
     assert failure(folder).startswith(f"{folder}/train: this `datasets` folder cannot be loaded: ")
@@ -190,7 +190,7 @@ def test_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert asked == [("openai/gsm8k", "main", "train"), ("openai/gsm8k", "main", "test")]
     assert sorted(e.source for e in loaded.train) == [f"openai/gsm8k:train[{i}]" for i in range(3)]
     assert {e.gold for e in loaded.heldout} == {"a10", "a11", "a12"}
-    assert list(data.fingerprint(config)) == ["openai/gsm8k:train", "openai/gsm8k:test"]
+    assert list(data.fingerprint(config)) == ["train openai/gsm8k:train", "heldout openai/gsm8k:test"]
 
 
 def test_hub_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

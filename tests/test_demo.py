@@ -23,7 +23,7 @@ def small_recipe(out: Path, seed: int) -> dict[str, Any]:
     tree["rounds"][0]["train"] |= {"epochs": 1, "warmup": 1}
     tree["rounds"][1] |= {"limit": 12}
     tree["rounds"][1]["train"] |= {"epochs": 1}
-    tree["train"] |= {"batch_size": 16}
+    tree["train"] |= {"batch_size": 8, "log_every": 2}
     return tree
 
 
@@ -67,6 +67,41 @@ def test_summary_has_the_documented_shape(made: tuple[Path, str]) -> None:
     assert set(summary["seconds"]) == {"total", "sft", "play", "frozen", "train", "eval"}
 
 
+def test_total_seconds_are_not_those_of_the_last_process_alone(made: tuple[Path, str]) -> None:
+    """The summary is the repeated command's, which found every stage done."""
+    runs = (made[0], made[0] / f"control_{demo.CONTROL_LR:g}")
+    stages = [json.loads(file.read_text())["seconds"] for run in runs for file in stage_records(run)]
+    assert len(stages) == 2 + 4 + 3 * 5 + 2 + 4
+    assert sum(RunView(run).seconds for run in runs) == pytest.approx(sum(stages))
+    total = json.loads((made[0] / "summary.json").read_text())["seconds"]["total"]
+    assert sum(stages) - 0.1 < total
+
+
+def stage_records(run: Path) -> list[Path]:
+    return [
+        run / "data" / "stage.json",
+        *(p for part in ("start", "prep", "round") for p in run.glob(f"{part}*/*/stage.json")),
+    ]
+
+
+def test_a_folder_of_another_seed_is_refused(made: tuple[Path, str]) -> None:
+    result = cli("demo", "--seed", 4, "--out", made[0])
+    message = f"sparring: {made[0]}: holds the demo of seed 3, not of seed 4; give another folder (--out)\n"
+    assert tuple(result) == (2, "", message)
+
+
+def test_a_figure_of_one_prompt_has_no_error() -> None:
+    one = {"mean": 0.5, "se": None, "n": 1}
+    assert demo._flat({"greedy": one, "sampled": one, "gold_nll": one | {"se": 0.123456}}) == {
+        "greedy": 0.5,
+        "sampled": 0.5,
+        "gold_nll": 0.5,
+        "greedy_se": None,
+        "sampled_se": None,
+        "gold_nll_se": 0.12346,
+    }
+
+
 def test_the_data_row_is_the_share_of_right_training_answers(made: tuple[Path, str]) -> None:
     rows = [json.loads(line) for line in (made[0] / "task" / "train.jsonl").read_text().splitlines()]
     right = 0
@@ -81,7 +116,9 @@ def test_the_data_row_is_the_share_of_right_training_answers(made: tuple[Path, s
 def test_the_control_takes_as_many_steps_as_self_play(made: tuple[Path, str]) -> None:
     view = RunView(made[0])
     control = RunView(made[0] / f"control_{demo.CONTROL_LR:g}")
-    assert len(control.rounds[0].log) == sum(len(r.log) for r in view.rounds if r.t >= 0) > 0
+    steps = [r.log[-1]["step"] for r in view.rounds if r.t >= 0]
+    assert control.rounds[0].log[-1]["step"] == sum(steps)
+    assert sum(steps) > sum(len(r.log) for r in view.rounds if r.t >= 0) > 0
     assert control.players[0].sha == view.players[0].sha
 
 

@@ -241,7 +241,7 @@ def test_summary_by_hand() -> None:
 class Letters:
     """A renderer as far as evaluation needs one."""
 
-    stop_ids, pad_id = (END,), PAD
+    stop_ids = (END,)
 
     def decode(self, tokens: Any) -> str:
         return "".join(chr(97 + t) for t in tokens if t != END)
@@ -305,7 +305,7 @@ def test_gold_log_likelihood_is_that_of_unpadded_forward_passes(model: Any) -> N
 
 def test_answers_are_greedy_and_sampled_with_evaluations_own_keys(model: Any) -> None:
     got = run(model, None)
-    rule: dict[str, Any] = {"max_new_tokens": 6, "stop_ids": (END,), "pad_id": PAD, "batch_size": 99}
+    rule: dict[str, Any] = {"max_new_tokens": 6, "stop_ids": (END,), "batch_size": 99}
     prompts = [r.prompt for r in ROWS]
     greedy = sample(model, prompts, [0] * 8, temperature=0.0, **rule)
     assert [i.tokens for i in got.items if i.kind == "greedy"] == [a.tokens for a in greedy]

@@ -43,6 +43,7 @@ def test_rows_have_exactly_one_end_token() -> None:
     assert len(first.prompt) == OVERHEAD + 1 and eos not in first.prompt
     assert rendering.counts == {
         "prompts": 2, "prompts_cut": 0, "prompts_dropped": 0, "golds_cut": 0, "golds_dropped": 0, "generated_cut": 0,
+        "template_refused": 0,
     }  # fmt: skip
 
 
@@ -76,6 +77,7 @@ def test_long_answers() -> None:
     assert cut.rows[2].gold_text == "abcdef"
     assert cut.counts == {
         "prompts": 3, "prompts_cut": 0, "prompts_dropped": 0, "golds_cut": 2, "golds_dropped": 0, "generated_cut": 1,
+        "template_refused": 0,
     }  # fmt: skip
     dropped = fit(rows, max_answer_tokens=4, long_answer="drop")
     assert len(dropped.rows) == 1
@@ -135,3 +137,17 @@ def test_template_that_refuses_a_row_names_it(tmp_path: Path) -> None:
     assert str(error.value) == (
         f"d.jsonl:2: the chat template of {template} fails: only user and assistant; mend the row, or set model.chat_template"
     )
+
+
+def test_rows_that_the_template_refuses_can_be_skipped(tmp_path: Path) -> None:
+    template = tmp_path / "inst.jinja"
+    template.write_text(toys.INST)
+    renderer = Renderer(toys.zephyr("first"), str(template))
+    refused = Example("x", (Message("system", "s"), *user("u")), "a", source="d.jsonl:2")
+    skip = DataConfig(on_bad_row="skip")
+    given = [example("one"), refused, example("two", "b"), example("three", "\ud800")]
+    rendering = render(given, renderer, skip, context=99, max_new_tokens=9)
+    assert [(r.example_id, r.gold_text) for r in rendering.rows] == [("one", "abc"), ("two", "b")]
+    assert (rendering.counts["template_refused"], rendering.counts["prompts"]) == (2, 4)
+    with pytest.raises(InputError, match=r"^d\.jsonl:2: the chat template of .* fails: only user and assistant;"):
+        render([refused, refused], renderer, skip, context=99, max_new_tokens=9)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,14 @@ import pytest
 import torch
 
 import sparring
-from helpers import recipe, write_jsonl
-from sparring import players
+from helpers import character_tokenizer, recipe, write_jsonl, write_model
+from sparring import players, preview
 from sparring.config import ModelConfig
-from sparring.errors import SparringError
+from sparring.errors import InputError, SparringError
 from sparring.logps import score
+from sparring.rundir.store import Rows
 from sparring.rundir.view import RunView
-from sparring.types import Frozen, Group, Sample
+from sparring.types import Frozen, Group, Message, Sample
 
 
 def rescored(view: RunView, number: int, groups: list[Group]) -> list[tuple[tuple[float, ...], ...]]:
@@ -202,6 +204,107 @@ def test_a_player_is_an_ordinary_hugging_face_folder(finished_run: Path) -> None
     card = (Path(folder) / "README.md").read_text()
     assert "Player 2" in card and view.players[1].sha[:16] in card and "beta: 0.1" in card
     assert (finished_run / "best").resolve() == (Path(view.players[view.best or 0].path)).resolve()
+
+
+def test_a_template_that_writes_the_time_gives_one_prompt_per_run(tiny_data: Path, tmp_path: Path) -> None:
+    """Every stage and a fork see the prompt that was answered, whenever and in whatever process they are done."""
+    tokenizer = character_tokenizer()
+    tokenizer.chat_template = (
+        "{{ strftime_now('%f') }} {% for m in messages %}{{ m['content'] }}"
+        "{% if m['role'] == 'assistant' %}<eos>{% endif %}{% endfor %}{% if add_generation_prompt %}?{% endif %}"
+    )
+    model = write_model(tmp_path / "model", tokenizer=tokenizer)
+    tree = recipe(tmp_path / "run", model, tiny_data, rounds=[{"method": "spin"}])
+    view = sparring.run(tree)
+    sparring.fork(view.path, tmp_path / "fork", t=0)
+    sparring.run_stage(tmp_path / "fork", "play", 0)
+    again = sparring.run(tmp_path / "fork")
+    for run in (view, again):
+        samples = {s.id: s for s in run.rounds[0].rows("samples", Sample)}
+        pairs = list(zip(run.rounds[0].rows("groups", Group), run.rounds[0].rows("frozen", Frozen), strict=True))
+        assert len(pairs) > 4
+        for group, frozen in pairs:
+            assert list(frozen.logps[1]) == pytest.approx(list(samples[group.sources[1]].logps), abs=1e-5)
+    assert [g.prompt for g in view.rounds[0].rows("groups", Group)] == [
+        g.prompt for g in again.rounds[0].rows("groups", Group)
+    ]
+    written = {tokenizer.decode(g.prompt[:6]) for g in view.rounds[0].rows("groups", Group)}
+    date = json.loads((view.path / "data" / "date.json").read_text())
+    assert written == {date[-6:]}
+    bench = preview.make_renderer(view).prompt([Message("user", "q")])
+    assert tokenizer.decode(bench) == f"{date[-6:]} q?"
+
+
+def test_a_pad_token_without_an_embedding_does_no_harm(tiny_data: Path, tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model")
+    plain = sparring.run(recipe(tmp_path / "plain", model, tiny_data, rounds=[{"method": "spin"}]))
+    tokenizer = character_tokenizer(pad_token=None)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(str(model))
+    view = sparring.run(recipe(tmp_path / "run", model, tiny_data, rounds=[{"method": "spin"}]))
+    answers = [[s.tokens for s in v.rounds[0].rows("samples", Sample)] for v in (plain, view)]
+    assert answers[0] == answers[1]
+
+
+def test_a_token_without_an_embedding_is_named(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model")
+    tokenizer = character_tokenizer()
+    rows = len(tokenizer)
+    tokenizer.add_tokens(["é"])
+    tokenizer.save_pretrained(str(model))
+    data = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": f"a{i}", "completion": f"a é {i}"} for i in range(9)])
+    tree = recipe(tmp_path / "run", model, data, data={"heldout_size": 0})
+    wanted = (
+        f"{model}: its tokenizer writes `é` as {rows}, but the model has {rows} embeddings; "
+        "resize them (model.resize_token_embeddings) or give the model its own tokenizer"
+    )
+    for do in (sparring.run, preview.check):
+        with pytest.raises(InputError) as error:
+            do(tree)
+        assert str(error.value) == wanted
+
+
+def test_a_template_file_and_the_stop_ids_are_saved_with_players(
+    tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    template = tmp_path / "t.jinja"
+    template.write_text(
+        "{% for m in messages %}{{ m['role'] + ':' + m['content'] }}{% if m['role'] == 'assistant' %}<eos>{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    tree = recipe(tmp_path / "run", tiny_model, tiny_data, rounds=[{"method": "sft"}])
+    tree["model"]["chat_template"] = str(template)
+    view = sparring.run(tree)
+    folder = Path(view.players[max(view.players)].path)
+    assert AutoTokenizer.from_pretrained(folder, local_files_only=True).chat_template == template.read_text()
+    stops = json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
+    assert stops == list(preview.make_renderer(view).stop_ids) == [character_tokenizer().eos_token_id]
+
+
+def test_each_frozen_role_has_a_folder(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    own = tmp_path / "two.py"
+    own.write_text(
+        "import dataclasses\n"
+        "from sparring.methods import spin\n"
+        "def method(*, beta: float = 0.1):\n"
+        "    plain = spin.method(beta=beta)\n"
+        "    roles = lambda t: {**plain.roles(t), 'zero': 0}\n"
+        "    return dataclasses.replace(plain, frozen=('zero', *plain.frozen), roles=roles)\n"
+    )
+    tree = recipe(tmp_path / "run", tiny_model, tiny_data, rounds=[{"method": f"{own}:method", "repeat": 2}])
+    view = sparring.run(tree)
+    last = view.rounds[1]
+    groups, found = list(last.rows("groups", Group)), list(last.rows("frozen", Frozen))
+    assert last.counts["frozen"]["rows"] == len(found) == 2 * len(groups)
+    for role, number in (("reference", 1), ("zero", 0)):
+        held = list(Rows(last.path / "frozen" / role, Frozen))
+        assert held == [row for row in found if row.role == role]
+        assert {row.player for row in held} == {view.players[number].sha}
+        assert [row.group for row in held] == [g.sha for g in groups]
+        for row, expected in zip(held, rescored(view, number, groups), strict=True):
+            assert close(row.logps, expected)
 
 
 @pytest.mark.gpu

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
+
 from sparring import methods
+from sparring.errors import InputError
 from sparring.pair import gold_against_samples, gold_alone, replayed
 from sparring.types import Finish, Rendered, Sample
 
@@ -87,3 +90,9 @@ def test_sft_groups_weigh_by_tokens_or_alike() -> None:
     assert [(g.completions, g.weight, g.targets) for g in by_token.groups] == [(((1, 2, END),), 3.0, (1.0,))]
     assert by_token.dropped == {"no_gold": 1}
     assert gold_alone(rows, 0, by_token=False).groups[0].weight == 1.0
+
+
+@pytest.mark.parametrize("hyper", [{"beta": 0.0}, {"beta": -1.0}, {"memory": -1}, {"memory": 1, "memory_weight": 0.0}])
+def test_numbers_that_would_turn_spin_around_are_refused(hyper: dict[str, float]) -> None:
+    with pytest.raises(InputError, match=r"method `spin`: (beta must be above 0|memory counts rounds)"):
+        methods.make("spin", hyper)

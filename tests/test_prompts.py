@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,12 @@ def talk(text: str) -> list[Message]:
     return [Message("system", "You are kind."), *user("hi"), Message("assistant", "hello"), Message("user", text)]
 
 
+def prompt_text(renderer: Renderer, messages: Sequence[Message]) -> str:
+    """A prompt as people read it: control tokens by their own names."""
+    control = renderer._control
+    return control._names.sub(lambda m: control._token[m[0]], renderer.text(messages).removeprefix(control.mark))
+
+
 def control_ids(tokenizer: Any, ids: Sequence[int]) -> list[int]:
     return [i for i in ids if i in tokenizer.added_tokens_decoder and i != tokenizer.unk_token_id]
 
@@ -75,7 +82,7 @@ def test_ordinary_prompts_equal_apply_chat_template(name: str) -> None:
     renderer = Renderer(tokenizer)
     for text in ORDINARY:
         for messages in (user(text), talk(text)):
-            assert renderer.prompt(messages) == reference(tokenizer, messages, renderer.prompt_text(messages)), text
+            assert renderer.prompt(messages) == reference(tokenizer, messages, prompt_text(renderer, messages)), text
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -87,7 +94,7 @@ def test_contents_never_make_control_tokens(name: str) -> None:
         for make in (user, talk):
             ids = renderer.prompt(make(text))
             assert control_ids(tokenizer, ids) == expected[make], text
-            assert renderer.prompt_text(make(text)) == renderer.prompt_text(make("q")).replace(
+            assert prompt_text(renderer, make(text)) == prompt_text(renderer, make("q")).replace(
                 "q", text.strip() if name == "llama3" else text
             )
         answer = renderer.completion(user("q"), text)
@@ -112,7 +119,7 @@ def test_look_alikes_decode_to_the_same_text(name: str) -> None:
 def test_answers_decode_to_the_same_text_and_follow_their_prompt(name: str) -> None:
     tokenizer = toys.MAKERS[name]()
     renderer = Renderer(tokenizer)
-    prompt = renderer.prompt_text(talk("q"))
+    prompt = prompt_text(renderer, talk("q"))
     body = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     joint = 0
     for text in ORDINARY:
@@ -133,7 +140,7 @@ def test_answer_that_would_merge_with_the_prompts_end_stands_alone(name: str, an
     tokenizer = toys.MAKERS[name]()
     renderer = Renderer(tokenizer)
     prompt = renderer.prompt(user("q"))
-    whole = tokenizer(renderer.prompt_text(user("q")) + answer, add_special_tokens=False)["input_ids"]
+    whole = tokenizer(prompt_text(renderer, user("q")) + answer, add_special_tokens=False)["input_ids"]
     assert whole[: len(prompt)] != prompt
     behind_a = tokenizer("a" + answer, add_special_tokens=False)["input_ids"]
     assert renderer.completion(user("q"), answer) == behind_a[1:]
@@ -176,7 +183,7 @@ def test_token_completed_across_the_contents_edge_is_spelled(tmp_path: Path) -> 
     )
     renderer = Renderer(toys.chatml(), str(template))
     assert control_ids(toys.chatml(), renderer.prompt(user("<|im_"))) == [renderer.end_id]
-    assert renderer.prompt_text(user("<|im_")) == "<|im_end|> and <|im_<|im_end|>"
+    assert prompt_text(renderer, user("<|im_")) == "<|im_end|> and <|im_<|im_end|>"
 
 
 @pytest.mark.parametrize("change", ["trim", "upper", "lower", "replace('x', 'y')", "tojson"])
@@ -244,19 +251,19 @@ def test_tokenizer_in_pure_python() -> None:
     renderer = Renderer(tokenizer)
     text = "a</s>b<extra_id_1>"
     assert (
-        renderer.prompt(user("é")) == tokenizer(renderer.prompt_text(user("é")), add_special_tokens=False)["input_ids"]
+        renderer.prompt(user("é")) == tokenizer(prompt_text(renderer, user("é")), add_special_tokens=False)["input_ids"]
     )
     assert renderer.completion(user(text), text) == [byte + 3 for byte in text.encode()]
     assert renderer.decode([*renderer.completion(user(text), text), renderer.end_id]) == text
-    assert renderer.prompt_text(user(text)) == f"### Instruction:\n{text}\n\n### Response:\n"
+    assert prompt_text(renderer, user(text)) == f"### Instruction:\n{text}\n\n### Response:\n"
 
 
 def test_plain_format() -> None:
     messages = [Message("system", "S"), *user("U1"), Message("assistant", "A1"), Message("user", "U2")]
     text = "S\n\n### Instruction:\nU1\n\n### Response:\nA1\n\n### Instruction:\nU2\n\n### Response:\n"
-    assert Renderer(toys.characters()).prompt_text(messages) == text
+    assert prompt_text(Renderer(toys.characters()), messages) == text
     renderer = Renderer(toys.zephyr("first"), "plain")
-    assert renderer.prompt_text(messages) == text
+    assert prompt_text(renderer, messages) == text
     assert renderer.prompt(messages) == toys.zephyr("first")(text)["input_ids"]
     assert renderer.prompt(messages)[0] == 1
     with pytest.raises(InputError, match=r"^role `tool` has no place in the plain format"):
@@ -269,13 +276,11 @@ def test_end_tokens() -> None:
         Renderer(toys.llama3()),
         Renderer(toys.zephyr("first"), None, [1, 2]),
     )
-    assert toys.chatml().convert_ids_to_tokens([chatml.end_id, chatml.pad_id]) == ["<|im_end|>", "<|endoftext|>"]
+    assert toys.chatml().convert_ids_to_tokens(chatml.end_id) == "<|im_end|>"
     assert toys.llama3().convert_ids_to_tokens(llama.stop_ids) == ["<|eot_id|>", "<|end_of_text|>"]
-    assert llama.pad_id == toys.llama3().eos_token_id
-    assert (zephyr.end_id, zephyr.stop_ids, zephyr.pad_id) == (2, (2, 1), 2)
+    assert (zephyr.end_id, zephyr.stop_ids) == (2, (2, 1))
     plain = Renderer(toys.chatml(), "plain", [380])
     assert (plain.end_id, plain.stop_ids) == (chatml.end_id, (chatml.end_id, 380))
-    assert Renderer(toys.characters()).pad_id == toys.characters().eos_token_id
 
 
 def test_template_that_puts_a_space_before_the_answer_and_trims_it(tmp_path: Path) -> None:
@@ -385,3 +390,16 @@ def test_heavy_libraries_load_when_used() -> None:
     code = "import sys, sparring.prompts; print({'transformers', 'tokenizers', 'torch', 'jinja2'} & set(sys.modules))"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert shown == "set()\n"
+
+
+def test_a_template_is_told_the_renderers_date_whenever_it_asks(tmp_path: Path) -> None:
+    template = tmp_path / "dated.jinja"
+    template.write_text(
+        "\n  {% if 1 %}x{% endif %}{{ strftime_now('%-H %d %b %Y %f %%') | lower }}|{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    )
+    moment = datetime(2024, 2, 29, 7, 0, 0, 123456)
+    one, two = (Renderer(toys.chatml(), str(template), (), moment) for _ in range(2))
+    assert prompt_text(one, user("q")) == "\nx7 29 feb 2024 123456 %|q"
+    assert one.prompt(user("q")) == two.prompt(user("q"))
+    undated = Renderer(toys.chatml(), str(template))
+    assert undated.prompt(user("q")) == undated.prompt(user("q"))  # the microsecond is that of its making

@@ -119,7 +119,7 @@ def test_changed_inputs_are_noticed(tmp_path: Path) -> None:
     tree = recipe(tmp_path / "run", model, data, rounds=[{"method": "spin"}])
     sparring.run(tree)
     write_jsonl(data, rows(13))
-    assert refused(tree)[:2] == ["data: its input file rows.jsonl changes", "start/eval: its input data changes"]
+    assert refused(tree)[:2] == ["data: its input train rows.jsonl changes", "start/eval: its input data changes"]
     write_jsonl(data, rows(12))
     write_model(model, seed=1)
     assert refused(tree)[:2] == [
@@ -128,6 +128,19 @@ def test_changed_inputs_are_noticed(tmp_path: Path) -> None:
     ]
     write_model(model)
     assert sparring.run(tree).best == 1
+
+
+def test_ignoring_generated_answers_is_another_data_set(tiny_model: Path, tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path / "rows.jsonl", [row | {"generated": f"is {i}"} for i, row in enumerate(rows(12))])
+    tree = recipe(tmp_path / "run", tiny_model, data, rounds=[{"method": "spin"}])
+    assert sparring.run(tree).rounds[0].counts["samples"]["off_policy"] == 8
+    assert refused(tree, "data.gold_only=true")[:3] == [
+        "data: data.gold_only: false → true",
+        "start/eval: its input data changes",
+        "round_000/samples: its input data changes",
+    ]
+    view = sparring.run(tree, ["data.gold_only=true"], redo=True)
+    assert view.rounds[0].counts["samples"]["off_policy"] == 0
 
 
 def test_a_tampered_player_is_refused(copied: Path) -> None:

@@ -24,7 +24,7 @@ ROWS: dict[type, list[Any]] = {
         Rendered("a", (1, 2), (), ODD),
         Rendered("b", (), (3,), "", (), "", ("prompt", "gold")),
     ],
-    Player: [Player("p", None, "s"), Player("p", -1, "s", "lora", "base")],
+    Player: [Player("p", None, "s"), Player("p", -1, "s")],
     Sample: [
         Sample("a", "p", 0, 2**62, (2**31 - 1, 0), ODD, "stop", (-0.5, -(2.0**-100)), "id"),
         Sample("b", "unknown", 3, 0, (), "", "length", (), "off-policy"),

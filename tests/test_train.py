@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 from collections.abc import Sequence
 
 import pytest
@@ -12,10 +13,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparring import methods
 from sparring.config import TrainConfig
-from sparring.errors import NonFiniteError
+from sparring.errors import NonFiniteError, SparringError
 from sparring.logps import score, token_logps
 from sparring.train import batch_rows, gradient, lr_factor, make_optimizer, total_steps, train
-from sparring.types import Frozen, Group
+from sparring.types import Batch, Frozen, Group, LogProbs
 
 VOCAB = 31
 
@@ -309,6 +310,23 @@ def test_bf16_compute_keeps_float32_masters() -> None:
     assert {p.grad.dtype for p in model.parameters()} == {torch.float32}
 
 
+@pytest.mark.parametrize("part", ["loss", "metric `margin`"])
+def test_a_method_that_gives_another_shape_is_told(part: str) -> None:
+    """[B, 1] would broadcast against the weights [B] to [B, B] and train on nonsense without a word."""
+    groups = pairs(4)
+    method = methods.make("spin", {})
+
+    def column(policy: LogProbs, batch: Batch) -> torch.Tensor:
+        return method.loss(policy, batch)[:, None]
+
+    loss = column if part == "loss" else method.loss
+    metrics = method.metrics if part == "loss" else (lambda policy, batch: {"margin": column(policy, batch)})
+    with pytest.raises(
+        SparringError, match=re.escape(f"{part} has shape [4, 1]; one number per group, [4], is wanted")
+    ):
+        gradient(llama(), groups, frozen_under(llama(), groups), loss, metrics, micro_batch=4)
+
+
 # --- schedule and optimizer ------------------------------------------------------------------------------------------
 
 
@@ -328,6 +346,11 @@ def test_v17_linear_schedule(epochs: int, rows: int, total: int, warmup: int, af
     assert lr_factor(warmup, total, settings) == 1.0
     assert lr_factor(warmup - 1, total, settings) == pytest.approx((warmup - 1) / warmup)
     assert lr_factor(0, total, settings) == 0.0
+
+
+def test_a_round_of_one_step_moves() -> None:
+    assert lr_factor(0, 1, TrainConfig(warmup=0.1)) == 1.0
+    assert [lr_factor(s, 2, TrainConfig(warmup=5.0)) for s in (0, 1)] == [0.0, 1.0]
 
 
 def test_cosine_constant_floor_and_counted_warmup() -> None:

@@ -77,7 +77,19 @@ _HOMES = {
     "judge.verify": {"load_verifier"},
     "report": {"write_report"},
     "rundir.view": {"RunView"},
-    "types": {name for name in __all__ if name[0].isupper() and not name.endswith("Error") and name != "RunView"},
+    "types": {
+        "Batch",
+        "Example",
+        "Frozen",
+        "Group",
+        "LogProbs",
+        "Message",
+        "Method",
+        "Paired",
+        "Player",
+        "Rendered",
+        "Sample",
+    },
 }
 
 

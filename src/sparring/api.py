@@ -7,7 +7,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -19,7 +19,7 @@ from sparring.config import Config, Tree
 from sparring.config.recipe import load, override, read_recipe, recipe_with_defaults
 from sparring.errors import InputError
 from sparring.judge.verify import load_verifier
-from sparring.plan import Plan, RoundPlan, Stage, make_plan
+from sparring.plan import Plan, RoundPlan, make_plan
 from sparring.plugins import is_file_reference
 from sparring.rundir import RunDir, Touched
 from sparring.rundir.view import RunView, check_format, read_run_recipe
@@ -84,6 +84,8 @@ def run_stage(path: Path | str, command: str, t: int) -> RunView:
         wanted = {prepared.plan.data.folder, stages[0].folder}
         shop = Workshop(target, prepared.config, prepared.plan, prepared.start)
         advance(shop, lambda stage: stage.folder in wanted)
+        if command == "eval":
+            mark_best(target.path)
     return RunView(target.path)
 
 
@@ -130,12 +132,28 @@ def prepare(recipe: Tree | Path | str, overrides: Sequence[str] = (), *, out: Pa
         if not value:
             raise InputError(f"{key}: is missing; give it in the recipe, as --{key.split('.')[0]} or as {key}=…")
     sha = players.identify(config.model.path, config.model.revision)
-    hashes = {Path(name).name: value for name, value in data.fingerprint(config.data).items()}
+    hashes = data.fingerprint(config.data)
+    compute = _compute(config)
+    tree["model"] = tree["model"] | {"compute": compute}
+    config = config.model_copy(update={"model": config.model.model_copy(update={"compute": compute})})
     plan = make_plan(config, hashes, sha)
     if config.evaluate.verifier:
         load_verifier(config.evaluate.verifier)
     start = Player(config.model.path, plan.first, sha)
     return Prepared(Path(config.run), recipe_with_defaults(tree), config, plan, start)
+
+
+def _compute(config: Config) -> str:
+    """`model.compute` by name: `auto` is what the run was made with, or what this device gives a new run.
+
+    Were it settled anew, a run continued on another kind of device would mix precisions under one name.
+    """
+    if config.model.compute != "auto":
+        return config.model.compute
+    run = Path(config.run)
+    made = read_run_recipe(run) if (run / "config.yaml").exists() and (run / "env.json").exists() else {}
+    recorded: str = (made.get("model") or {}).get("compute", "auto")
+    return recorded if recorded != "auto" else str(players.compute_dtype(config.model)).removeprefix("torch.")
 
 
 def mark_best(path: Path) -> int | None:
@@ -157,10 +175,10 @@ def mark_best(path: Path) -> int | None:
     return best
 
 
-def best_of(scores: Mapping[int, tuple[float, float]], *, lower_wins: bool = False) -> int:
-    """The last player within one standard error of the top mean. DESIGN §7 (keep-best)."""
+def best_of(scores: Mapping[int, tuple[float, float | None]], *, lower_wins: bool = False) -> int:
+    """The last player within one standard error (None, of a single prompt: 0) of the top mean. DESIGN §7 (keep-best)."""
     sign = -1 if lower_wins else 1
-    mean, error = max(((sign * m, e) for m, e in scores.values()), key=lambda pair: pair[0])
+    mean, error = max(((sign * m, e or 0.0) for m, e in scores.values()), key=lambda pair: pair[0])
     return max(n for n, (m, _) in scores.items() if sign * m >= mean - error)
 
 
@@ -198,46 +216,56 @@ def _read(recipe: Tree | Path | str) -> tuple[Tree, Path | None]:
 
 
 def _absolute(tree: Tree) -> Tree:
-    """Existing local paths made absolute, so that a run continues from any working directory."""
-
-    def fix(value: Any) -> Any:
-        if isinstance(value, str) and value and is_file_reference(value):
-            file, _, name = value.rpartition(":")
-            return f"{Path(file).resolve()}:{name}" if Path(file).exists() else value
-        return (
-            str(Path(value).expanduser().resolve())
-            if isinstance(value, str) and Path(value).expanduser().exists()
-            else value
-        )
-
-    result = dict(tree)
-    for section, keys in (
-        ("model", ("path", "chat_template")),
-        ("data", ("path", "heldout")),
-        ("evaluate", ("verifier",)),
-    ):
-        if isinstance(tree.get(section), dict):
-            result[section] = {k: fix(v) if k in keys and v else v for k, v in tree[section].items()}
+    """Existing local paths and `./file.py:name` made absolute, so that a run continues from any working directory."""
+    sections: dict[str, dict[str, Callable[[str], str]]] = {
+        "model": {"path": _path, "chat_template": lambda value: value if value == "plain" else _path(value)},
+        "data": {"path": _path, "heldout": _path},
+        "evaluate": {"verifier": _reference},
+    }
+    result = tree | {name: _changed(tree.get(name), how) for name, how in sections.items() if name in tree}
     if isinstance(tree.get("rounds"), list):
-        result["rounds"] = [
-            {k: fix(v) if k == "method" else v for k, v in e.items()} if isinstance(e, dict) else e
-            for e in tree["rounds"]
-        ]
+        result["rounds"] = [_changed(entry, {"method": _reference}) for entry in tree["rounds"]]
     return result
+
+
+def _changed(section: Any, how: Mapping[str, Callable[[str], str]]) -> Any:
+    if not isinstance(section, dict):
+        return section
+    return {k: how[k](v) if k in how and isinstance(v, str) and v else v for k, v in section.items()}
+
+
+def _path(value: str) -> str:
+    path = Path(value).expanduser()
+    return str(path.resolve()) if path.exists() else value
+
+
+def _reference(value: str) -> str:
+    # A method's or verifier's name is never a path, even where a folder is called the same
+    file, _, name = value.rpartition(":")
+    return f"{_path(file)}:{name}" if is_file_reference(value) else value
 
 
 def environment() -> dict[str, Any]:
     """Versions, hardware and git state, for provenance."""
     names = ("sparring", "torch", "transformers", "tokenizers", "datasets", "numpy", "safetensors", "pyarrow")
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
     return {
         "versions": {name: _version(name) for name in names},
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cores": os.cpu_count(),
-        "git": git.stdout.strip() or None,
+        "git": _git_state(),
         "command": " ".join(sys.argv),
     }
+
+
+def _git_state() -> str | None:
+    """The commit of this package's own checkout; None without one, or without git."""
+    git = shutil.which("git")
+    if git is None:
+        return None
+    command = [git, "describe", "--always", "--dirty"]
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None
 
 
 def _version(name: str) -> str | None:
@@ -247,4 +275,4 @@ def _version(name: str) -> str | None:
         return None
 
 
-__all__ = ["Prepared", "Stage", "best_of", "fork", "mark_best", "prepare", "run", "run_stage"]
+__all__ = ["Prepared", "best_of", "fork", "mark_best", "prepare", "run", "run_stage"]

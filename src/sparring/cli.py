@@ -229,7 +229,8 @@ def try_players(
     from sparring.rundir.view import RunView
 
     view = RunView(path)
-    bench = preview.Bench(view, preview.chosen_players(view, players.split(",")))
+    chosen = preview.chosen_players(view, [name.strip() for name in players.split(",")])
+    bench = preview.Bench(view, list(dict.fromkeys(chosen)))
     for text in [prompt] if prompt is not None else _typed_prompts():
         _print(views.answers(bench.answers(text, temperature=temperature, seed=seed)))
 
@@ -260,10 +261,12 @@ def _recipe(
     # JSON is YAML that stays text: a folder named 2024 is no number
     paths = (("model.path", model), ("data.path", data))
     settings += [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in paths if value is not None]
+    if recipe is not None and (method is not None or rounds is not None):
+        how = "write rounds.0.repeat=… or rounds.0.method=… instead of --rounds and --method"
+        raise InputError(f"{recipe}: has rounds of its own; {how}")
     if method is not None or rounds is not None:
-        settings.insert(
-            0, f"rounds=[{json.dumps({'method': method or 'spin', 'repeat': rounds or 3}, ensure_ascii=False)}]"
-        )
+        entry = {"method": method or "spin", "repeat": rounds or 3}
+        settings.insert(0, f"rounds=[{json.dumps(entry, ensure_ascii=False)}]")
     if recipe is None and model is None and not any(s.startswith("model.path=") for s in settings):
         raise InputError("give a recipe (`sparring init` writes one), a run to continue, or --model and --data")
     return ({} if recipe is None else Path(recipe)), settings

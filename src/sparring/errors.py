@@ -38,6 +38,12 @@ def told(error: Exception) -> tuple[str, int] | None:
     # typer carries its own copy of click, whose usage errors are told by their attributes
     if hasattr(error, "format_message"):
         return " ".join(error.format_message().split()), 2
+    # torch's class, which is known by name: this module is imported where torch is not
+    if type(error).__name__ == "OutOfMemoryError":
+        return (
+            "out of GPU memory; lower train.micro_batch or play.batch_size (neither changes results) and try again",
+            1,
+        )
     where = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
     # safetensors tells of a full disk in its text alone
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or f"(os error {errno.ENOSPC})" in str(error):

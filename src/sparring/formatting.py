@@ -7,12 +7,13 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from sparring.rundir.view import STAGES
+
 if TYPE_CHECKING:
     from sparring.rundir.view import RoundView, RunView
 
 T = TypeVar("T")
 NONE = "\u2013"
-STAGES = ("samples", "scores", "groups", "frozen", "train", "player", "eval")
 _HIDDEN = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
     r"\ud800-\udfff\U000e0000-\U000e007f]"
@@ -63,8 +64,8 @@ def seconds(value: float | None) -> str:
 
 def stages(rounds: Sequence[RoundView]) -> list[str]:
     """The stages of any of the rounds, in the order in which a round runs them."""
-    found = dict.fromkeys(name for turn in rounds for name in turn.stages)
-    return sorted(found, key=lambda name: STAGES.index(name) if name in STAGES else len(STAGES))
+    found = {name for turn in rounds for name in turn.stages}
+    return [name for name in STAGES if name in found]
 
 
 def rows(turn: RoundView, stage: str, row_type: type[T]) -> Sequence[T]:

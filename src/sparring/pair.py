@@ -26,8 +26,8 @@ def gold_against_samples(
 ) -> Paired:
     """Pairs (gold, sample) with targets (1, 0), in the order of rows and sample indices. SPIN Algorithm 1.
 
-    A sample that is the gold answer (same tokens, or the same finished text spelled in other tokens) makes no pair:
-    its gradient is zero. Equal samples of one prompt make one pair, weighted by their number (`weight`) or not (`drop`).
+    A sample that is the gold answer makes no pair: with the same tokens its gradient is zero, and with the same
+    finished text in other tokens it would teach the learner to prefer one spelling of an answer to another. Equal samples of one prompt make one pair, weighted by their number (`weight`) or not (`drop`).
     """
     by_id = {row.example_id: row for row in rows}
     pairs: dict[tuple[str, tuple[int, ...]], Group] = {}

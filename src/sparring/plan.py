@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ class Stage:
 
     @property
     def key(self) -> str:
+        """sha256 (hex) of all it depends on."""
         content = {"name": self.name, "settings": self.settings, "inputs": self.inputs, "format": FORMAT}
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -55,17 +56,21 @@ class RoundPlan:
     stages: tuple[Stage, ...]
 
     def stage(self, name: str) -> Stage:
+        """The round's stage of this name."""
         return next(stage for stage in self.stages if stage.name == name)
 
 
 @dataclass(frozen=True)
 class Plan:
+    """All stages of a run, in the order in which they are done."""
+
     data: Stage
     start_eval: Stage
     rounds: tuple[RoundPlan, ...]
 
     @property
     def stages(self) -> list[Stage]:
+        """Every stage of the run."""
         return [self.data, self.start_eval, *(stage for r in self.rounds for stage in r.stages)]
 
     @property
@@ -81,9 +86,8 @@ def make_plan(config: Config, data_hashes: Mapping[str, str], start_sha: str) ->
     Raises InputError where a method refuses its hyper-parameters or asks for a player that does not exist yet.
     """
     made = [methods.make(r.method, r.hyper) for r in config.rounds]
-    plays = [m.plays is not None for m in made]
-    first = -plays.index(True) if any(plays) else 0
-    data = Stage("data", "data", _data_settings(config), {f"file {name}": sha for name, sha in data_hashes.items()})
+    first = first_round(made)
+    data = Stage("data", "data", _data_settings(config), dict(data_hashes))
     keys = {first: start_sha}
     rounds: list[RoundPlan] = []
     for i, (settings, method) in enumerate(zip(config.rounds, made, strict=True)):
@@ -93,6 +97,12 @@ def make_plan(config: Config, data_hashes: Mapping[str, str], start_sha: str) ->
         rounds.append(plan)
     start_eval = Stage("start/eval", "eval", _eval_settings(config), {"data": data.key, f"player {first}": start_sha})
     return Plan(data, start_eval, tuple(rounds))
+
+
+def first_round(made: Sequence[Method]) -> int:
+    """Number of a run's first round: 0, or −k before k leading rounds in which nobody plays."""
+    plays = [method.plays is not None for method in made]
+    return -plays.index(True) if any(plays) else 0
 
 
 def round_folder(t: int, first: int) -> str:
@@ -111,12 +121,7 @@ def _round(
     earlier: Sequence[RoundPlan],
 ) -> RoundPlan:
     folder = round_folder(t, first)
-    roles = dict(method.roles(t))
-    for role, number in roles.items():
-        if number not in keys:
-            raise InputError(
-                f"method `{method.name}`: round {t} wants player {number} as {role}, which is not there yet"
-            )
+    roles = _roles(method, t, keys)
 
     def player(role: str) -> dict[str, str]:
         return {f"player {roles[role]} ({role})": keys[roles[role]]}
@@ -127,7 +132,7 @@ def _round(
     compute = {"model.compute": config.model.compute}
     stages: list[Stage] = []
     if method.plays is not None:
-        played = {"seed": config.seed, "round": t, "data.gold_only": config.data.gold_only} | prompts | compute
+        played = {"seed": config.seed, "round": t} | prompts | compute
         played |= _dotted("play", settings.play.identity())
         inputs = {"data": data.key, **player(method.plays)}
         stages.append(Stage(f"{folder}/samples", "samples", played, inputs))
@@ -152,22 +157,37 @@ def _round(
     return RoundPlan(t, folder, settings, method, roles, (*stages, made, evaluated))
 
 
+def _roles(method: Method, t: int, players: Collection[int]) -> dict[str, int]:
+    """Role to player number in round t. Raises InputError where one is missing or its player is not there yet."""
+    roles = dict(method.roles(t))
+    for role, number in roles.items():
+        if number not in players:
+            raise InputError(
+                f"method `{method.name}`: round {t} wants player {number} as {role}, which is not there yet"
+            )
+    for role in ("start", *([] if method.plays is None else [method.plays]), *method.frozen):
+        if role not in roles:
+            found = ", ".join(roles) or "none"
+            raise InputError(f"method `{method.name}`: round {t} needs the role `{role}`; its roles are {found}")
+    return roles
+
+
 def _data_settings(config: Config) -> dict[str, Any]:
-    content = {k: v for k, v in config.data.identity().items() if k not in ("path", "heldout", "gold_only")}
+    content = {k: v for k, v in config.data.identity().items() if k not in ("path", "heldout")}
     return {"seed": config.seed} | _dotted("data", content)
 
 
 def _eval_settings(config: Config) -> dict[str, Any]:
     verifier = config.evaluate.verifier
-    values = _dotted("evaluate", config.evaluate.identity() | {"verifier": verifier and identity(verifier)})
-    values |= {"seed": config.seed, "play.max_new_tokens": config.play.max_new_tokens}
+    resolved = {"verifier": verifier and identity(verifier), "max_new_tokens": config.evaluation_play.max_new_tokens}
+    values = {"seed": config.seed} | _dotted("evaluate", config.evaluate.identity() | resolved)
     return values | {"model.compute": config.model.compute, "model.chat_template": _template(config)}
 
 
 def _template(config: Config) -> str | None:
     """The chat template setting, by content where it is a file."""
     template = config.model.chat_template
-    if template and Path(template).is_file():
+    if template and template != "plain" and Path(template).is_file():
         return hashlib.sha256(Path(template).read_bytes()).hexdigest()[:16]
     return template
 

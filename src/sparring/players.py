@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
-import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparring.config import ModelConfig
 from sparring.errors import InputError
-from sparring.types import Player
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
-    from sparring.plan import RoundPlan
-
-_IDENTITY = ("*.safetensors", "config.json", "tokenizer.json", "tokenizer.model", "chat_template.jinja")
+_IDENTITY = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*/*.jinja", "*.py")
+_NOT_IDENTITY = ("stage.json", "README.txt")  # the run's own record of the folder is finished after it was hashed
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -29,27 +28,43 @@ def looks_local(path: str) -> bool:
 
 
 def identify(path: str, revision: str | None = None) -> str:
-    """sha256 (hex) of a player's weights, configuration and tokenizer; for a Hub id, of its name and revision.
+    """sha256 (hex) of a player's weights, configurations, tokenizer and code; for a Hub id, of its name and commit.
 
-    Raises InputError for a folder that is missing, holds no weights, or holds pickled weights only.
+    A Hub id that cannot be resolved here counts as its name and `revision`. Raises InputError for a folder that is
+    missing, holds no weights, or holds pickled weights only.
     """
     if not looks_local(path):
-        return hashlib.sha256(f"hub:{path}@{revision}".encode()).hexdigest()
+        return hashlib.sha256(f"hub:{path}@{_commit(path, revision)}".encode()).hexdigest()
     folder = Path(path).expanduser()
     check_folder(folder)
     digest = hashlib.sha256()
-    for file in sorted({f for pattern in _IDENTITY for f in folder.glob(pattern)}):
-        digest.update(file.name.encode())
+    for file in sorted({f for pattern in _IDENTITY for f in folder.glob(pattern) if f.name not in _NOT_IDENTITY}):
+        digest.update(file.relative_to(folder).as_posix().encode())
         with file.open("rb") as stream:
             while block := stream.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()
 
 
+def _commit(path: str, revision: str | None) -> str | None:
+    from transformers.utils import cached_file, extract_commit_hash
+
+    try:
+        # The cache keeps every commit's files in a folder of its own, whose name is the commit
+        return extract_commit_hash(cached_file(path, "config.json", revision=revision), None) or revision
+    except (OSError, ValueError):
+        return revision
+
+
 def check_folder(folder: Path) -> None:
     """Raises InputError unless the folder is a Hugging Face model with safetensors weights."""
     if not folder.is_dir():
         raise InputError(f"{folder}: no such model folder; give a Hugging Face folder or a Hub id as model.path")
+    if (folder / "adapter_config.json").exists():
+        raise InputError(
+            f"{folder}: a LoRA adapter, not a whole model; merge it into its base first "
+            "(peft: merge_and_unload, then save_pretrained of model and tokenizer)"
+        )
     if not (folder / "config.json").exists():
         raise InputError(f"{folder}: no config.json in it, so it is not a Hugging Face model folder")
     if not list(folder.glob("*.safetensors")):
@@ -79,17 +94,24 @@ def load_model(path: str, config: ModelConfig) -> nn.Module:
         torch.set_num_threads(config.threads)
     extra = {"attn_implementation": config.attention} if config.attention else {}
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, loading = AutoModelForCausalLM.from_pretrained(
             str(Path(path).expanduser()) if local else path,
             dtype=torch.float64 if config.compute == "float64" else torch.float32,
             revision=config.revision,
             trust_remote_code=config.trust_remote_code,
             local_files_only=local,
             use_safetensors=True,
+            output_loading_info=True,
             **extra,
         )
     except Exception as error:  # a broken file surfaces as almost any type, from KeyError to safetensors' own
         raise InputError(f"{path}: cannot load the model: {_first_line(error)}") from error
+    # transformers fills these in at random, which would be another model on every start
+    if missing := sorted(loading["missing_keys"]):
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise InputError(
+            f"{path}: its files hold no weights for {missing[0]}{more}; save the whole causal language model there again"
+        )
     result: nn.Module = model.to(device_of(config)).eval()
     return result
 
@@ -114,22 +136,43 @@ def model_config(path: str, config: ModelConfig) -> Any:
 
 def context_length(model_config: Any, tokenizer: PreTrainedTokenizerBase) -> int:
     """Longest sequence in tokens: the model's positions, or the tokenizer's limit for models without any."""
+    text = model_config.get_text_config()
     for name in ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length"):
-        value = getattr(model_config, name, None)
+        value = getattr(text, name, None)
         if isinstance(value, int) and value > 0:
             return value
     return int(min(tokenizer.model_max_length, 1 << 20))
 
 
-def stop_ids(path: str) -> list[int]:
-    """Tokens at which the model itself stops: eos_token_id of its generation configuration, else of its configuration."""
-    for name in ("generation_config.json", "config.json"):
-        file = Path(path).expanduser() / name
-        if file.exists():
-            ids = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
-            if ids is not None:
-                return [ids] if isinstance(ids, int) else list(ids)
-    return []
+def vocabulary(model_config: Any) -> int | None:
+    """Number of the model's token embeddings, where its configuration tells it."""
+    size: int | None = getattr(model_config.get_text_config(), "vocab_size", None)
+    return size
+
+
+def stop_ids(path: str, config: ModelConfig) -> list[int]:
+    """Tokens at which the model itself stops: eos_token_id of its generation configuration, else of its configuration.
+
+    Raises InputError for a file that cannot be read.
+    """
+    from transformers import GenerationConfig
+
+    local = looks_local(path)
+    folder = Path(path).expanduser()
+    ids = None
+    if not local or (folder / "generation_config.json").exists():
+        try:
+            name = str(folder) if local else path
+            ids = GenerationConfig.from_pretrained(name, revision=config.revision, local_files_only=local).eos_token_id
+        except Exception as error:  # broken contents surface as almost any type
+            # On the Hub, a model without the file and one that cannot be reached raise the same; the latter fails below
+            if local or not isinstance(error, OSError):
+                raise InputError(f"{path}: cannot read generation_config.json: {_first_line(error)}") from error
+    if ids is None:
+        whole = model_config(path, config)
+        ids = getattr(whole, "eos_token_id", None)
+        ids = getattr(whole.get_text_config(), "eos_token_id", None) if ids is None else ids
+    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
 
 
 def device_of(config: ModelConfig) -> torch.device:
@@ -141,10 +184,17 @@ def device_of(config: ModelConfig) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
+        known = device.type in ("cpu", "cuda")
     except RuntimeError:
-        raise InputError(f"model.device: `{name}` is no device; write auto, cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError("model.device: no CUDA device here; set model.device=cpu")
+        known = False
+    if not known:
+        raise InputError(f"model.device: `{name}` is no device to train on; write auto, cpu, cuda or cuda:N")
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if count == 0:
+            raise InputError("model.device: no CUDA device here; set model.device=cpu")
+        if (device.index or 0) >= count:
+            raise InputError(f"model.device: `{name}`: there are cuda:0 … cuda:{count - 1} only; write one of them")
     return device
 
 
@@ -157,29 +207,27 @@ def compute_dtype(config: ModelConfig) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}[config.compute]
 
 
-def save_player(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, card: str) -> None:
-    """Write an ordinary Hugging Face folder: float32 safetensors, tokenizer, configurations and a model card."""
+def save_player(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, card: str, *,
+    template: str, stop_ids: Sequence[int],
+) -> None:  # fmt: skip
+    """Write an ordinary Hugging Face folder: safetensors in the masters' precision, tokenizer, configurations, card.
+
+    template, stop_ids: what the player was trained with; other programs then write its prompts and end its answers so.
+    """
+    generation: Any = getattr(model, "generation_config", None)
+    if generation is not None:
+        generation.eos_token_id = list(stop_ids)
+        try:
+            generation.validate(strict=True)
+        except ValueError:
+            # Published models name a temperature without this, which transformers loads but refuses to save
+            generation.do_sample = True
     model.save_pretrained(folder)  # type: ignore[operator]
-    tokenizer.save_pretrained(str(folder))
+    own = copy.copy(tokenizer)
+    own.chat_template = template
+    own.save_pretrained(str(folder))
     (folder / "README.md").write_text(card, encoding="utf-8")
-
-
-def player_at(path: str, number: int | None, revision: str | None = None) -> Player:
-    """A player from a folder or Hub id, with its content hash."""
-    return Player(path=path, round=number, sha=identify(path, revision))
-
-
-def model_card(r: RoundPlan, start: Player) -> str:
-    """What a player's README says: where it comes from and how it was trained."""
-    settings = {**r.settings.hyper, **r.settings.train.identity()}
-    lines = "\n".join(f"- {name}: {value}" for name, value in settings.items())
-    roles = ", ".join(f"{role} = player {number}" for role, number in r.roles.items())
-    return (
-        f"---\nlibrary_name: transformers\ntags: [sparring, {r.method.name}]\n---\n"
-        f"# Player {r.t + 1}\n\nMade by round {r.t} of `sparring` with the method `{r.method.name}` "
-        f"({r.method.paper}) from player {start.round} (content hash {start.sha[:16]}). Roles: {roles}.\n\n"
-        f"Settings:\n{lines}\n"
-    )
 
 
 def _first_line(error: BaseException) -> str:

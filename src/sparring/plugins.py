@@ -1,4 +1,4 @@
-"""Methods, verifiers and judges of the user's own: `./file.py:name` or an entry point."""
+"""Methods and verifiers of the user's own: `./file.py:name` or an entry point."""
 
 from __future__ import annotations
 

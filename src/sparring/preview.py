@@ -14,6 +14,7 @@ from sparring.config import Config, Tree
 from sparring.errors import InputError
 from sparring.rundir.view import RunView
 from sparring.types import Message, Player
+from sparring.workshop import data_date, fitted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,10 +41,12 @@ def check(recipe: Tree | Path | str, overrides: Sequence[str] = ()) -> Preview:
     config = prepare(recipe, overrides).config
     loaded = data.load(config.data, config.seed)
     tokenizer = load_tokenizer(config)
-    renderer = prompts.Renderer(tokenizer, config.model.chat_template, players.stop_ids(config.model.path))
-    context = players.context_length(players.model_config(config.model.path, config.model), tokenizer)
+    renderer = prompts.Renderer(
+        tokenizer, config.model.chat_template, players.stop_ids(config.model.path, config.model)
+    )
     longest = max(r.play.max_new_tokens for r in config.rounds)
-    rendering = prompts.render(loaded.train, renderer, config.data, context=context, max_new_tokens=longest)
+    model = players.model_config(config.model.path, config.model)
+    rendering = fitted(loaded.train, config, model, tokenizer, renderer, longest)
     counts = {**loaded.counts, **rendering.counts}
     return Preview(rendering, renderer, counts, len(loaded.train), len(loaded.heldout))
 
@@ -69,10 +72,11 @@ def chosen_players(view: RunView, names: Sequence[str]) -> list[Player]:
     return found
 
 
-def make_renderer(config: Config) -> prompts.Renderer:
-    """The renderer of a run: its start player's tokenizer and stop tokens, its chat template."""
-    model = config.model
-    return prompts.Renderer(load_tokenizer(config), model.chat_template, players.stop_ids(model.path))
+def make_renderer(view: RunView) -> prompts.Renderer:
+    """The renderer of a run: its start player's tokenizer and stop tokens, its chat template and date."""
+    model = view.config.model
+    stops = players.stop_ids(model.path, model)
+    return prompts.Renderer(load_tokenizer(view.config), model.chat_template, stops, data_date(view.path))
 
 
 class Bench:
@@ -80,7 +84,7 @@ class Bench:
 
     def __init__(self, view: RunView, chosen: Sequence[Player]) -> None:
         self._config = view.config
-        self._renderer = make_renderer(view.config)
+        self._renderer = make_renderer(view)
         model = view.config.model
         self._context = players.context_length(players.model_config(model.path, model), load_tokenizer(view.config))
         self._models = [(player, players.load_model(player.path, view.config.model)) for player in chosen]
@@ -93,7 +97,7 @@ class Bench:
         from sparring.play.hf import key, sample
 
         ids = self._renderer.prompt([Message("user", prompt)])
-        room = self._context - self._config.play.max_new_tokens
+        room = self._context - self._config.evaluation_play.max_new_tokens
         if not prompt.strip() or len(ids) > room:
             problem = f"has {len(ids)} tokens; the model has room for {room}" if prompt.strip() else "is empty"
             raise InputError(f"the prompt {problem}; give another one")
@@ -105,9 +109,8 @@ class Bench:
                 [ids],
                 [row_key],
                 temperature=temperature,
-                max_new_tokens=self._config.play.max_new_tokens,
+                max_new_tokens=self._config.evaluation_play.max_new_tokens,
                 stop_ids=self._renderer.stop_ids,
-                pad_id=self._renderer.pad_id,
                 batch_size=1,
                 compute=players.compute_dtype(self._config.model),
             )[0]

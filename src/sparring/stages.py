@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from sparring.progress import bar
 from sparring.rundir import Counts
 from sparring.rundir.store import Rows, write_json, write_shard, write_shards
 from sparring.types import Example, Frozen, Group, Player, Rendered, Sample
-from sparring.workshop import Workshop
+from sparring.workshop import DATE, Workshop
 
 if TYPE_CHECKING:
     from torch import nn
@@ -31,6 +32,8 @@ def data(shop: Workshop, folder: Path) -> Counts:
     for name, examples in (("train", loaded.train), ("heldout", loaded.heldout)):
         (folder / name).mkdir(exist_ok=True)
         write_shard(folder / name / "00000.parquet", Example, examples)
+    # Templates may write the date. It is the data's, so that forks, which share their rounds, share their prompts too
+    write_json(folder / DATE, datetime.now().isoformat())
     return {"train": len(loaded.train), "heldout": len(loaded.heldout), **loaded.counts}
 
 
@@ -108,7 +111,7 @@ def groups(shop: Workshop, folder: Path, *, r: RoundPlan) -> Counts:
 
 
 def frozen(shop: Workshop, folder: Path, *, r: RoundPlan) -> Counts:
-    """Every frozen role's log-probs of every group, once; rows lie role by role in the order of the groups."""
+    """Every frozen role's log-probs of every group, once: a folder per role, its rows in the order of the groups."""
     from sparring.logps import score
 
     paired = Rows(shop.run.path / r.folder / "groups", Group)
@@ -121,11 +124,16 @@ def frozen(shop: Workshop, folder: Path, *, r: RoundPlan) -> Counts:
         lines = iter(score(shop.model(player), prompts, completions, batch_size=batch, compute=shop.compute))
         return [Frozen(g.sha, role, player.sha, tuple(next(lines) for _ in g.completions)) for g in part]
 
-    roles = {role: shop.player(r.roles[role]) for role in r.method.frozen}
-    work = [partial(rows, role, roles[role], at) for role in roles for at in range(0, len(paired), chunk)]
-    with bar(f"round {r.t} frozen log-probs", len(work), "chunks") as show:
-        total = write_shards(folder, Frozen, work, lambda n: show(n + 1))
-    return {"rows": total}
+    starts = range(0, len(paired), chunk)
+    with bar(f"round {r.t} frozen log-probs", len(r.method.frozen) * len(starts), "chunks") as show:
+
+        def write(before: int, role: str) -> int:
+            player = shop.player(r.roles[role])
+            (folder / role).mkdir(exist_ok=True)
+            work = [partial(rows, role, player, at) for at in starts]
+            return write_shards(folder / role, Frozen, work, lambda n: show(before + n + 1))
+
+        return {"rows": sum(write(i * len(starts), role) for i, role in enumerate(r.method.frozen))}
 
 
 def player(shop: Workshop, folder: Path, *, r: RoundPlan) -> Counts:
@@ -133,8 +141,7 @@ def player(shop: Workshop, folder: Path, *, r: RoundPlan) -> Counts:
     from sparring.train import train
 
     paired = Rows(shop.run.path / r.folder / "groups", Group)
-    rows = Rows(shop.run.path / r.folder / "frozen", Frozen)
-    held = {role: rows[i * len(paired) : (i + 1) * len(paired)] for i, role in enumerate(r.method.frozen)}
+    held = {role: Rows(shop.run.path / r.folder / "frozen" / role, Frozen) for role in r.method.frozen}
     _check_aligned(paired, held)
     start = shop.player(r.roles["start"])
     model = shop.learner(start)
@@ -152,15 +159,31 @@ def player(shop: Workshop, folder: Path, *, r: RoundPlan) -> Counts:
             compute=shop.compute,
             on_step=lambda done, total: show(done / total),
         )
-    players.save_player(model, shop.tokenizer, folder, players.model_card(r, start))
+    renderer = shop.renderer
+    players.save_player(
+        model, shop.tokenizer, folder, _card(r, start), template=renderer.template, stop_ids=renderer.stop_ids
+    )
     sha = players.identify(str(folder))
     shop.keep(model, sha)
     return {"sha": sha, "groups": len(paired)}
 
 
+def _card(r: RoundPlan, start: Player) -> str:
+    """What a player's README says: where it comes from and how it was trained."""
+    settings = {**r.settings.hyper, **r.settings.train.identity()}
+    lines = "\n".join(f"- {name}: {value}" for name, value in settings.items())
+    roles = ", ".join(f"{role} = player {number}" for role, number in r.roles.items())
+    return (
+        f"---\nlibrary_name: transformers\ntags: [sparring, {r.method.name}]\n---\n"
+        f"# Player {r.t + 1}\n\nMade by round {r.t} of `sparring` with the method `{r.method.name}` "
+        f"({r.method.paper}) from player {start.round} (content hash {start.sha[:16]}). Roles: {roles}.\n\n"
+        f"Settings:\n{lines}\n"
+    )
+
+
 def _check_aligned(paired: Sequence[Group], held: Mapping[str, Sequence[Frozen]]) -> None:
     for role, rows in held.items():
-        if [row.group for row in rows] != [group.sha for group in paired]:
+        if len(rows) != len(paired) or any(row.group != group.sha for row, group in zip(rows, paired, strict=True)):
             raise SparringError(f"the frozen log-probs of `{role}` do not belong to these groups; use --redo")
 
 
@@ -173,7 +196,7 @@ def evaluation(shop: Workshop, folder: Path, *, number: int) -> Counts:
     if not examples:
         write_json(folder / "summary.json", {"n": 0})
         return {"n": 0}
-    rows = shop.rendered("heldout", shop.config.play.max_new_tokens, settings.limit).rows
+    rows = shop.rendered("heldout", shop.config.evaluation_play.max_new_tokens, settings.limit).rows
     tested = shop.player(number)
     result = evaluate(
         shop.model(tested),
@@ -181,7 +204,7 @@ def evaluation(shop: Workshop, folder: Path, *, number: int) -> Counts:
         [examples[row.example_id] for row in rows],
         rows,
         settings,
-        shop.config.play,
+        shop.config.evaluation_play,
         shop.renderer,
         load_verifier(settings.verifier) if settings.verifier else None,
         seed=shop.config.seed,

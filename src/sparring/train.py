@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sparring.config import TrainConfig
-from sparring.errors import NonFiniteError
+from sparring.errors import NonFiniteError, SparringError
 from sparring.logps import token_logps
 from sparring.types import Batch, Frozen, Group, LogProbs
 
@@ -112,9 +112,9 @@ def gradient(
         batch = collate(part, {role: [table[i] for i in rows] for role, table in frozen.items()}, device, dtype)
         policy = policy_logps(model, part, batch, compute)
         share_B = batch.weight_B / total
-        objective = (share_B * loss(policy, batch)).sum()
+        objective = _total(share_B, loss(policy, batch), "loss")
         objective.backward()  # type: ignore[no-untyped-call]
-        for name, value in {"loss": objective.detach(), **_means(metrics(policy, batch), share_B)}.items():
+        for name, value in {"loss": objective.detach(), **_means(share_B, metrics(policy, batch))}.items():
             sums[name] = sums.get(name, torch.zeros((), dtype=value.dtype, device=device)) + value
         tokens += sum(len(g.completions) * len(g.prompt) + sum(map(len, g.completions)) for g in part)
     figures = {name: float(value) for name, value in sums.items()}
@@ -196,9 +196,11 @@ def lr_factor(step: int, total: int, settings: TrainConfig) -> float:
     """Share of the peak learning rate at optimizer step `step`, counted from 0.
 
     Warm-up rises from 0 over ceil(warmup * total) steps, so the first step of a warm-up has rate 0; this and the decay
-    to `floor` at `total` are the schedule of the published recipes (vectors V17).
+    to `floor` at `total` are the schedule of the published recipes (vectors V17). The last step is never warm-up: a
+    round of one step would move nothing.
     """
     warmup = math.ceil(settings.warmup * total) if settings.warmup < 1 else int(settings.warmup)
+    warmup = min(warmup, total - 1)
     if step < warmup:
         return step / warmup
     if settings.schedule == "constant":
@@ -220,8 +222,17 @@ def _length(group: Group) -> int:
     return len(group.prompt) + max(map(len, group.completions))
 
 
-def _means(values: Mapping[str, Tensor], share_B: Tensor) -> dict[str, Tensor]:
-    return {name: (share_B * value).sum() for name, value in values.items()}
+def _total(share_B: Tensor, values_B: Tensor, name: str) -> Tensor:
+    """sum(share * value); a [B, 1] value would broadcast to [B, B] and train on a sum of everything with everything."""
+    if values_B.shape != share_B.shape:
+        raise SparringError(
+            f"the method's {name} has shape {list(values_B.shape)}; one number per group, {list(share_B.shape)}, is wanted"
+        )
+    return (share_B * values_B).sum()
+
+
+def _means(share_B: Tensor, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: _total(share_B, value, f"metric `{name}`") for name, value in values.items()}
 
 
 def _prepare(model: nn.Module, settings: TrainConfig) -> None:

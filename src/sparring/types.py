@@ -1,7 +1,7 @@
 """What crosses a stage: frozen dataclasses, one doc line per field.
 
 Dimension suffixes: B groups, G completions of a group, T completion tokens, V vocabulary.
-Log-probs are natural logarithms (nats), float32, summed over completion tokens unless a name ends in T.
+Log-probs are natural logarithms (nats). Per token they are float32; sums over completion tokens are taken in float64.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Example:
     generated: str | None = None
     """An answer by an unknown player that came with the row (SPIN's `generated` column)."""
     meta: Mapping[str, Any] = field(default_factory=dict)
-    """The row's other columns, for verifiers and judges."""
+    """The row's other columns, for verifiers."""
     source: str = ""
     """`file:line` (or `name[row]`) of the row, for error messages."""
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from datetime import datetime
 from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from sparring import players, prompts
 from sparring.config import Config
@@ -17,6 +20,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
     from transformers import PreTrainedTokenizerBase
+
+DATE = "date.json"
 
 
 class Workshop:
@@ -70,7 +75,9 @@ class Workshop:
 
     @cached_property
     def renderer(self) -> prompts.Renderer:
-        return prompts.Renderer(self.tokenizer, self.config.model.chat_template, players.stop_ids(self._start.path))
+        model = self.config.model
+        stops = players.stop_ids(self._start.path, model)
+        return prompts.Renderer(self.tokenizer, model.chat_template, stops, data_date(self.run.path))
 
     @cached_property
     def compute(self) -> torch.dtype:
@@ -81,7 +88,31 @@ class Workshop:
     def rendered(self, part: str, max_new_tokens: int, limit: int | None) -> prompts.Rendering:
         """The first `limit` examples of `train` or `heldout` as token ids."""
         examples = Rows(self.run.path / "data" / part, Example)
-        config = players.model_config(self._start.path, self.config.model)
-        context = players.context_length(config, self.tokenizer)
         chosen = examples[: limit or len(examples)]
-        return prompts.render(chosen, self.renderer, self.config.data, context=context, max_new_tokens=max_new_tokens)
+        model = players.model_config(self._start.path, self.config.model)
+        return fitted(chosen, self.config, model, self.tokenizer, self.renderer, max_new_tokens)
+
+
+def fitted(
+    examples: Sequence[Example], config: Config, model: Any, tokenizer: PreTrainedTokenizerBase,
+    renderer: prompts.Renderer, max_new_tokens: int,
+) -> prompts.Rendering:  # fmt: skip
+    """Examples as token ids that a model, given by its configuration, has room and embeddings for.
+
+    Raises InputError where it has not.
+    """
+    context, vocabulary = players.context_length(model, tokenizer), players.vocabulary(model)
+    rendering = prompts.render(examples, renderer, config.data, context=context, max_new_tokens=max_new_tokens)
+    largest = max(max(ids, default=0) for r in rendering.rows for ids in (r.prompt, r.gold, r.generated or ()))
+    if vocabulary is not None and largest >= vocabulary:
+        raise InputError(
+            f"{config.model.path}: its tokenizer writes `{tokenizer.convert_ids_to_tokens(largest)}` as {largest}, but the "
+            f"model has {vocabulary} embeddings; resize them (model.resize_token_embeddings) or give the model its own tokenizer"
+        )
+    return rendering
+
+
+def data_date(run: Path) -> datetime | None:
+    """When a run's data was made, which is the date that its templates write; None before that."""
+    file = run / "data" / DATE
+    return datetime.fromisoformat(read_json(file)) if file.exists() else None

@@ -20,6 +20,8 @@ def _doc(default: Any, description: str, *, execution: bool = False, **limits: A
 
 
 class Section(BaseModel):
+    """A part of a recipe: frozen, and unknown keys are errors."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
     @field_validator("*", mode="before")
@@ -40,13 +42,17 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
+    """The model that self-play starts from, and how it computes."""
+
     path: str = _doc("", "Where self-play starts: a local Hugging Face folder or a Hub id. Required.")
     revision: str | None = _doc(None, "Hub revision; pin it, published checkpoints have been replaced.")
     chat_template: str | None = _doc(
         None, "A Jinja file that replaces the tokenizer's chat template, or `plain` for the format without one."
     )
     compute: Literal["auto", "float32", "bfloat16", "float64"] = _doc(
-        "auto", "Precision of forward passes; weights stay float32 masters. auto: bfloat16 on CUDA, else float32."
+        "auto",
+        "Precision of forward passes; weights stay float32 masters. "
+        "auto: bfloat16 on CUDA, else float32, settled when the run is made.",
     )
     attention: str | None = _doc(None, "transformers' attn_implementation; None leaves its choice.", execution=True)
     device: str = _doc("auto", "`auto`, `cpu`, `cuda` or `cuda:N`.", execution=True)
@@ -55,6 +61,8 @@ class ModelConfig(Section):
 
 
 class DataConfig(Section):
+    """What to train on and what to hold out."""
+
     path: str = _doc("", "JSONL, JSON, Parquet or CSV file, `datasets` folder, or Hub id. Required.")
     name: str | None = _doc(None, "Configuration name of a Hub data set.")
     split: str = _doc("train", "Split to train on, for sources that have splits.")
@@ -87,6 +95,8 @@ class DataConfig(Section):
 
 
 class PlayConfig(Section):
+    """How the opponent answers."""
+
     samples: int = _doc(1, "Answers per prompt.", gt=0)
     temperature: float = _doc(1.0, "Sampling temperature; 0 is greedy. The paper: 1.", ge=0)
     top_p: float = _doc(1.0, "Nucleus sampling; 1 is off. The paper: 1.", gt=0, le=1)
@@ -97,6 +107,8 @@ class PlayConfig(Section):
 
 
 class TrainConfig(Section):
+    """The optimizer and its schedule."""
+
     optimizer: Literal["rmsprop", "adamw"] = _doc("rmsprop", "rmsprop (the paper) or adamw.")
     lr: float = _doc(5e-7, "Peak learning rate. The paper: 5e-7, 5e-7, 1e-7, 1e-7.", gt=0)
     betas: tuple[float, float] = _doc((0.9, 0.999), "AdamW's betas.")
@@ -127,12 +139,15 @@ class TrainConfig(Section):
 
 
 class EvaluateConfig(Section):
+    """What each new player is measured by."""
+
     verifier: str | None = _doc(
         None, "`gsm8k`, an entry point's name or `./file.py:name`: checks answers to held-out prompts."
     )
     limit: int = _doc(500, "Held-out examples used, the first after the seeded shuffle.", gt=0)
     samples: int = _doc(1, "Sampled answers per held-out prompt, beside the greedy one.", ge=0)
     temperature: float = _doc(1.0, "Their temperature.", gt=0)
+    max_new_tokens: int | None = _doc(None, "Longest answer, in tokens; None: the largest of the rounds'.", gt=0)
     best: Literal["auto", "sampled", "greedy", "gold_nll", "last"] = _doc(
         "auto",
         "What `best` is chosen by. auto: sampled accuracy where a verifier is given, else the last player.",
@@ -152,8 +167,10 @@ class Round(Section):
 
 
 class Config(Section):
+    """A whole recipe, checked and with every default."""
+
     run: str = _doc("runs/spin", "The run's directory.", execution=True)
-    seed: int = _doc(0, "Seeds data order, held-out split and sampling.", ge=0)
+    seed: int = _doc(0, "Seeds data order, held-out split and sampling.", ge=0, lt=2**31)
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     play: PlayConfig = PlayConfig()
@@ -161,6 +178,12 @@ class Config(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     rounds: tuple[Round, ...] = ()
     keep_states: bool = _doc(False, "Keep the optimizer state of finished rounds.", execution=True)
+
+    @property
+    def evaluation_play(self) -> PlayConfig:
+        """`play` with the length of evaluation's answers: one for all players, so that their figures compare."""
+        longest = max((r.play.max_new_tokens for r in self.rounds), default=self.play.max_new_tokens)
+        return self.play.model_copy(update={"max_new_tokens": self.evaluate.max_new_tokens or longest})
 
 
 SECTIONS: dict[str, type[Section]] = {

@@ -169,7 +169,11 @@ def _round(
 
 
 def recipe_with_defaults(tree: Tree) -> Tree:
-    """The recipe with every default written out, so that a run does not change when a later version's defaults do."""
+    """The recipe with every section's defaults written out: later versions' defaults do not change a run.
+
+    A method's hyper-parameters stay as given, so that an override can put another method in its place; where a later
+    version changes a default among them, the stages' keys tell.
+    """
     full: Tree = {k: spec.default for k, spec in Config.model_fields.items() if k not in SECTIONS and k != "rounds"}
     full |= {k: v for k, v in tree.items() if k not in SECTIONS}
     for name, section in SECTIONS.items():

@@ -34,9 +34,11 @@ class Source:
         return f"{self.file}:{line}: " if line else f"{self.file}: "
 
     def fail(self, keys: Keys, problem: str) -> NoReturn:
+        """Raises InputError: what is wrong with a key's value, and where it was set."""
         raise InputError(f"{self.at(keys)}{_dotted(keys)}: {problem}")
 
     def unknown(self, keys: Keys, known: Iterable[str]) -> NoReturn:
+        """Raises InputError for a key that does not exist, naming the nearest known one."""
         self.fail(keys, f"unknown key; the nearest is `{_dotted((*keys[:-1], nearest(str(keys[-1]), known)))}`")
 
 

@@ -59,12 +59,14 @@ def load(config: DataConfig, seed: int) -> Loaded:
 
 
 def fingerprint(config: DataConfig) -> dict[str, str]:
-    """Identify the data: path of each file that is read to the sha256 of its contents; a Hub split to its fingerprint.
+    """Identify the data: `train NAME` or `heldout NAME` of each file that is read to the sha256 of its contents.
 
-    Raises InputError where the data cannot be found.
+    NAME is the path within the folder given, or the file's own name: the same wherever the data lie. A split on the
+    Hub, `owner/name:split`, has its fingerprint instead. Raises InputError where the data cannot be found.
     """
     source, heldout = _sources(config)
-    return digest(source) | (digest(heldout) if heldout else {})
+    parts = {"train": digest(source), "heldout": digest(heldout) if heldout else {}}
+    return {f"{part} {name}": sha for part, files in parts.items() for name, sha in files.items()}
 
 
 def prompt_id(example: Example) -> str:

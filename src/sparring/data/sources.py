@@ -72,14 +72,17 @@ def rows(source: Source) -> Iterator[Row]:
 
 
 def digest(source: Source) -> dict[str, str]:
-    """Identify the contents: each file's sha256, or for the Hub the fingerprint of the prepared split."""
+    """Identify the contents: name of each file within the source to its sha256; for the Hub, the split's fingerprint."""
     if source.kind == "hub":
         return {f"{source.name}:{source.split}": str(_open(source)._fingerprint)}
     found = {}
+    folder = Path(os.path.expanduser(source.name))
     for path in source.files:
+        # Not the bare name: two files of a folder may share it, and a change of one would pass unseen.
+        name = path.name if path == folder else path.relative_to(folder).as_posix()
         try:
             with path.open("rb") as file:
-                found[str(path)] = hashlib.file_digest(file, "sha256").hexdigest()
+                found[name] = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
             raise InputError(f"{path}: cannot read it: {error.strerror}") from None
     return found

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparring.config import Tree
+from sparring.errors import InputError
 from sparring.rundir.store import read_json, write_json
 
 if TYPE_CHECKING:
@@ -84,31 +85,40 @@ def demo(out: Path, seed: int) -> Renderables:
 
     started = time.perf_counter()
     make_task(out, seed)
+    begun = time.perf_counter()
     view = api.run(recipe(out, seed))
     control = continue_sft(view, CONTROL_LR)
+    ended = time.perf_counter()
     figures = test_split(view, {f"continued SFT, lr {CONTROL_LR:g}": control})
-    seconds = {"total": round(time.perf_counter() - started, 1), **_seconds(view)}
+    rest = begun - started + time.perf_counter() - ended
+    seconds = {"total": round(view.seconds + control.seconds + rest, 1), **_seconds(view)}
     write_json(out / "summary.json", summarise(view, figures, seconds))
     write_report(view, out / "report.html", figures.players, extra=figures.controls, split="test split")
     return views.results(player_rows(view, figures.players), figures.controls)
 
 
 def make_task(out: Path, seed: int) -> None:
-    """The data files and the untrained model, in `out/task`."""
+    """The data files and the untrained model, in `out/task`. Raises InputError where they were made with another seed."""
     from sparring.demo import build, task
 
     folder, partial = out / "task", out / "task.partial"
     if not folder.exists():
         task.write(partial, seed)
         build.build(partial / "model", seed)
+        write_json(partial / "seed.json", seed)
         partial.rename(folder)
+    file = folder / "seed.json"
+    made = read_json(file) if file.exists() else seed
+    if made != seed:
+        raise InputError(f"{out}: holds the demo of seed {made}, not of seed {seed}; give another folder (--out)")
 
 
 def continue_sft(view: RunView, lr: float) -> RunView:
     """The control "same compute, more SFT": as many gradient steps as all rounds of self-play took, from player 0."""
     from sparring import api
 
-    steps = sum(len(r.log) for r in view.rounds if r.t >= 0)
+    # The last row tells, since there need not be one for every step (`train.log_every`)
+    steps = sum(int(r.log[-1]["step"]) for r in view.rounds if r.t >= 0)
     tree = recipe(view.path, view.config.seed)
     tree["run"] = str(view.path / f"control_{lr:g}")
     tree["model"] = tree["model"] | {"path": view.players[0].path}
@@ -136,7 +146,11 @@ def data_accuracy(view: RunView) -> float:
 
 
 def summarise(view: RunView, figures: Figures, seconds: Mapping[str, float]) -> dict[str, Any]:
-    """`summary.json`: accuracies as shares and gold_nll in nats per answer, each with its standard error."""
+    """`summary.json`: accuracies as shares and gold_nll in nats per answer, each with its standard error.
+
+    `seconds["total"]` is that of every stage of run and control, whichever process did it, and of all else that the
+    process did which wrote the file: making the task and the test split's evaluations, unless they were there.
+    """
     control, *others = figures.controls.values()
     return {
         "seed": view.config.seed,
@@ -149,10 +163,11 @@ def summarise(view: RunView, figures: Figures, seconds: Mapping[str, float]) -> 
     }
 
 
-def _flat(figures: Mapping[str, Any]) -> dict[str, float]:
+def _flat(figures: Mapping[str, Any]) -> dict[str, float | None]:
     names = ("greedy", "sampled", "gold_nll")
     means = {name: round(figures[name]["mean"], 5) for name in names}
-    return means | {f"{name}_se": round(figures[name]["se"], 5) for name in names}
+    errors = {f"{name}_se": figures[name]["se"] for name in names}
+    return means | {name: None if error is None else round(error, 5) for name, error in errors.items()}
 
 
 def test_figures(view: RunView, number: int, temperature: float = 1.0) -> dict[str, Any]:
@@ -171,8 +186,8 @@ def test_figures(view: RunView, number: int, temperature: float = 1.0) -> dict[s
     log.info("test split: player %s at temperature %s", number, temperature)
     data = DataConfig(path=str(_task_folder(view) / "test.jsonl"), heldout_size=0)
     examples = load(data, view.config.seed).train
-    renderer = preview.make_renderer(view.config)
-    play = view.config.play
+    renderer = preview.make_renderer(view)
+    play = view.config.evaluation_play
     rows = render(examples, renderer, data, context=64, max_new_tokens=play.max_new_tokens).rows
     settings = EvaluateConfig(verifier="gsm8k", limit=len(rows), samples=TEST_SAMPLES, temperature=temperature)
     model = players.load_model(player.path, view.config.model)

@@ -153,7 +153,6 @@ def evaluate(
             temperature=temperature,
             max_new_tokens=play.max_new_tokens,
             stop_ids=renderer.stop_ids,
-            pad_id=renderer.pad_id,
             batch_size=play.batch_size,
             compute=compute,
         )

@@ -30,6 +30,10 @@ def method(
         Their frozen log-probs are taken against this round's opponent.
     duplicates: equal samples of one prompt: `weight` counts them, `drop` keeps one.
     """
+    if beta <= 0:
+        raise ValueError(f"beta must be above 0, not {beta:g}: below it the learner would prefer its old answers")
+    if memory < 0 or memory_weight <= 0:
+        raise ValueError("memory counts rounds (0, 1, …) and memory_weight is above 0")
     convex = choice("loss", loss, CONVEX)
     choice("duplicates", duplicates, {"weight": 0, "drop": 0})
 

@@ -111,9 +111,9 @@ def draw(logits: Tensor, u: Tensor, *, temperature: float, top_p: float = 1.0, t
 class _Cached:
     """Left-padded prompts and the model's own cache: a step is a forward over one column."""
 
-    def __init__(self, model: Any, accepted: set[str], prompts: Prompts, pad_id: int, room: int) -> None:
+    def __init__(self, model: Any, accepted: set[str], prompts: Prompts, room: int) -> None:
         self.model, self.width = model, max(map(len, prompts))
-        ids = np.full((len(prompts), self.width), pad_id)
+        ids = np.zeros((len(prompts), self.width), dtype=np.int64)
         mask = np.ones((len(prompts), self.width + room), dtype=np.int64)
         for row, prompt in enumerate(prompts):
             ids[row, self.width - len(prompt) :] = prompt
@@ -137,7 +137,7 @@ class _Cached:
         out = self.model(
             input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, **past, **self.extra
         )
-        self.cache = out.past_key_values
+        self.cache = getattr(out, "past_key_values", None)  # some keep theirs to themselves
         logits: Tensor = out.logits[:, -1].float()
         return logits
 
@@ -158,10 +158,12 @@ class _Recomputed:
     Padding comes after the last token, so that a causal or recurrent model cannot see it and needs no positions.
     """
 
-    def __init__(self, model: Any, accepted: set[str], prompts: Prompts, pad_id: int, room: int) -> None:
+    def __init__(self, model: Any, accepted: set[str], prompts: Prompts, room: int) -> None:
         self.model, self.masked = model, "attention_mask" in accepted
+        # A cache of the model's own would outlive the step
+        self.extra: dict[str, Any] = {"use_cache": False} if "use_cache" in accepted else {}
         lengths = np.array([len(p) for p in prompts])
-        ids = np.full((len(prompts), lengths.max() + room), pad_id)
+        ids = np.zeros((len(prompts), lengths.max() + room), dtype=np.int64)
         for row, prompt in enumerate(prompts):
             ids[row, : len(prompt)] = prompt
         self.ids, self.lengths = (torch.from_numpy(a).to(model.device) for a in (ids, lengths))
@@ -169,8 +171,8 @@ class _Recomputed:
 
     def start(self) -> Tensor:
         mask = (torch.arange(self.width, device=self.ids.device) < self.lengths[:, None]).long()
-        extra = {"attention_mask": mask} if self.masked else {}
-        logits = self.model(input_ids=self.ids[:, : self.width], **extra).logits
+        masked = {"attention_mask": mask} if self.masked else {}
+        logits = self.model(input_ids=self.ids[:, : self.width], **masked, **self.extra).logits
         last: Tensor = logits[torch.arange(len(logits), device=logits.device), self.lengths - 1].float()
         return last
 
@@ -186,24 +188,23 @@ class _Recomputed:
         return True
 
 
-def _begin(model: Any, prompts: Prompts, pad_id: int, room: int) -> tuple[_Cached | _Recomputed, Tensor]:
-    # An adapter's wrapper hides the forward of the model inside.
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+def _begin(model: Any, prompts: Prompts, room: int) -> tuple[_Cached | _Recomputed, Tensor]:
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # an adapter hides the forward
     accepted = set(inspect.signature(inner.forward).parameters)
     if accepted >= _CACHED:
-        cached = _Cached(model, accepted, prompts, pad_id, room)
+        cached = _Cached(model, accepted, prompts, room)
         logits = cached.start()
         if cached.cache is not None:
             return cached, logits
-    recomputed = _Recomputed(model, accepted, prompts, pad_id, room)
+    recomputed = _Recomputed(model, accepted, prompts, room)
     return recomputed, recomputed.start()
 
 
 def _decode(
-    model: Any, prompts: Prompts, keys: Sequence[int], stop_ids: Sequence[int], pad_id: int,
-    length: int, rule: dict[str, Any],
+    model: Any, prompts: Prompts, keys: Sequence[int], stop_ids: Sequence[int], length: int,
+    rule: dict[str, Any],
 ) -> list[Answer]:  # fmt: skip
-    engine, logits = _begin(model, prompts, pad_id, length)
+    engine, logits = _begin(model, prompts, length)
     u = torch.from_numpy(uniforms(keys, length).T.copy()).to(logits.device)
     stops = torch.tensor(list(stop_ids), dtype=torch.long, device=logits.device)
     tokens = torch.zeros((length, len(prompts)), dtype=torch.long, device=logits.device)
@@ -240,7 +241,7 @@ def _answers(tokens: np.ndarray[Any, Any], logps: np.ndarray[Any, Any], stop_ids
 
 def sample(
     model: Any, prompts: Prompts, keys: Sequence[int], *, temperature: float, top_p: float = 1.0,
-    top_k: int = 0, max_new_tokens: int, stop_ids: Sequence[int], pad_id: int, batch_size: int,
+    top_k: int = 0, max_new_tokens: int, stop_ids: Sequence[int], batch_size: int,
     compute: torch.dtype | None = None,
 ) -> list[Answer]:  # fmt: skip
     """One answer per prompt, in the order given; repeat a prompt with another key for more.
@@ -267,7 +268,7 @@ def sample(
                 # A context per batch: autocast keeps the casts of weights for as long as it lives.
                 with torch.autocast(model.device.type, dtype=compute, enabled=compute in _HALF):
                     chosen = [prompts[i] for i in batch], [keys[i] for i in batch]
-                    decoded = _decode(model, *chosen, stop_ids, pad_id, max_new_tokens, rule)
+                    decoded = _decode(model, *chosen, stop_ids, max_new_tokens, rule)
                 answers.update(zip(batch, decoded, strict=True))
     finally:
         model.train(was_training)
@@ -289,7 +290,6 @@ def play(
         top_k=settings.top_k,
         max_new_tokens=settings.max_new_tokens,
         stop_ids=renderer.stop_ids,
-        pad_id=renderer.pad_id,
         batch_size=settings.batch_size,
         compute=compute,
     )

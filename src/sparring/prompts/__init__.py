@@ -11,9 +11,13 @@ as the characters it consists of, while the template's own tokens are parsed (`c
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from functools import cached_property
 from pathlib import Path
+from string import ascii_letters
 from typing import TYPE_CHECKING, Any, cast
 
 from sparring.errors import InputError
@@ -72,7 +76,8 @@ class Renderer:
     """Conversations to token ids and back, for one tokenizer and template.
 
     `chat_template`: None for the tokenizer's own, `plain`, or a Jinja file. `model_stop_ids`: the model's
-    generation_config.eos_token_id. Raises InputError for a missing or malformed template, and where no token can end
+    generation_config.eos_token_id. `date`: what a template that asks for the time is told, whenever it asks; None for
+    the present. Raises InputError for a missing or malformed template, and where no token can end
     an answer.
     """
 
@@ -80,16 +85,19 @@ class Renderer:
     """The token that ends an answer: what the template puts after an assistant turn, else EOS."""
     stop_ids: tuple[int, ...]
     """Each of these ends a sampled answer; `end_id` is the first."""
-    pad_id: int
-    """Fills batches; masks come from lengths, so it may equal an end token."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None, model_stop_ids: Sequence[int] = ()
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        chat_template: str | None = None,
+        model_stop_ids: Sequence[int] = (),
+        date: datetime | None = None,
     ) -> None:
         self._tokenizer: Any = tokenizer
         self._control = ControlTokens(tokenizer)
         self._source = chat_template or tokenizer.name_or_path or "the tokenizer"
         self._template = _read_template(tokenizer, chat_template)
+        self._date = _date_parts(date or datetime.now())
         self._bos = [] if self._template is not None else _default_prefix(tokenizer)
         self._trim, self._lead, end = self._answer_facts()
         ends = [i for i in (end, self._tokenizer.eos_token_id) if i is not None]
@@ -100,16 +108,10 @@ class Renderer:
             )
         self.end_id = ends[0]
         self.stop_ids = tuple(dict.fromkeys((*ends, *model_stop_ids)))
-        pad = self._tokenizer.pad_token_id
-        self.pad_id = ends[-1] if pad is None else pad
         anchor, probe = self._encode([_ANCHORS[0], _ANCHORS[0] + "b"])
         shown = self._decode(anchor)
         clean = probe[: len(anchor)] == anchor and self._decode(probe) == shown + "b"
         self._anchor, self._anchor_text = (anchor, shown) if clean else ([], "")
-
-    def prompt_text(self, messages: Sequence[Message]) -> str:
-        """The prompt as text, generation prompt included. Raises InputError when the template fails."""
-        return self._control.show(self.text(messages))
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of the prompt, generation prompt included. Raises InputError when the template fails."""
@@ -170,9 +172,12 @@ class Renderer:
         turns = [{"role": message.role, "content": unicode_text(message.content)} for message in messages]
         if self._template is None:
             return _plain(turns)
-        options = {"chat_template": self._template, "add_generation_prompt": generation, "tokenize": False}
+        options: dict[str, Any] = {"chat_template": self._template, "add_generation_prompt": generation}
+        if "strftime_now" in self._template:
+            # The clock would give training another prompt than the one that was answered
+            options |= {"chat_template": _DATED + self._template, "date_parts": self._date}
         try:
-            return str(self._tokenizer.apply_chat_template(turns, **options))
+            return str(self._tokenizer.apply_chat_template(turns, tokenize=False, **options))
         except Exception as error:  # a template can raise anything: its own message, an undefined name, a TypeError
             raise InputError(
                 f"the chat template of {self._source} fails: {_one_line(error)}; mend the row, or set model.chat_template"
@@ -201,6 +206,24 @@ class Renderer:
         lead = before.removeprefix(prompt) if before.startswith(prompt) else ""
         return trim, lead if lead.isspace() else "", self._control.at_start(after.lstrip())
 
+    @cached_property
+    def template(self) -> str:
+        """The Jinja template that gives these prompts in any program, with the tokenizer's special tokens parsed."""
+        if self._template is not None:
+            return self._template
+        start = "".join(self._tokenizer.convert_ids_to_tokens(self._bos))
+        probe = Message("user", "a")
+        # Behind a BOS that is parsed, some SentencePiece tokenizers need a space where a text's start has none
+        candidates = [f"{{{{ {json.dumps(start + gap)} }}}}{_PLAIN}" if start else _PLAIN for gap in ("", " ")]
+        for candidate in candidates:
+            text = self._tokenizer.apply_chat_template(
+                [{"role": probe.role, "content": probe.content}],
+                chat_template=candidate, tokenize=False, add_generation_prompt=True,
+            )  # fmt: skip
+            if self._encode([text]) == [self.prompt([probe])]:
+                return candidate
+        return candidates[0]
+
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         ordinary = [text for text in texts if not self._control.named(text)]
         options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
@@ -209,6 +232,28 @@ class Renderer:
 
     def _decode(self, tokens: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+# Templates take no functions from outside. The line's end is no part of the template (trim_blocks).
+_DATED = (
+    "{% macro strftime_now(format) %}{% set made = namespace(text=format) %}{% for code, part in date_parts.items() %}"
+    "{% set made.text = made.text | replace(code, part) %}{% endfor %}{{ made.text }}{% endmacro %}\n"
+)
+
+
+def _date_parts(date: datetime) -> dict[str, str]:
+    """What each code of strftime gives, `%-d` (no leading zero) and its like included."""
+    codes = [f"%{flag}{letter}" for flag in ("-", "") for letter in ascii_letters]
+    return {code: date.strftime(code) for code in codes} | {"%%": "%"}
+
+
+_PLAIN = (
+    "{% for m in messages %}{% if m['role'] == 'system' or m['role'] == 'assistant' %}{{ m['content'] + '\\n\\n' }}"
+    "{% elif m['role'] == 'user' %}{{ '### Instruction:\\n' + m['content'] + '\\n\\n### Response:\\n' }}"
+    "{% else %}{{ raise_exception('only system, user and assistant have a place in the plain format') }}"
+    "{% endif %}{% endfor %}"
+)
+"""`_plain` for other programs."""
 
 
 def _plain(turns: Sequence[Mapping[str, str]]) -> str:

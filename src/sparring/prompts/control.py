@@ -101,10 +101,6 @@ class ControlTokens:
         """Whether a text came from `name`."""
         return text.startswith(self.mark)
 
-    def show(self, text: str) -> str:
-        """A named text as people read it; other texts as they are."""
-        return self._names.sub(lambda m: self._token[m[0]], text.removeprefix(self.mark))
-
     def encode(self, text: str) -> list[int]:
         """Token ids of a named text: names give control ids, everything else is spelled."""
         text = text.removeprefix(self.mark)

@@ -25,7 +25,8 @@ class Rendering:
 
     rows: list[Rendered]
     counts: dict[str, int]
-    """Examples given (`prompts`); among them prompts_cut, prompts_dropped, golds_cut, golds_dropped, generated_cut."""
+    """Examples given (`prompts`); among them prompts_cut, prompts_dropped, golds_cut, golds_dropped, generated_cut,
+    template_refused."""
 
 
 def render(
@@ -35,8 +36,8 @@ def render(
 
     A prompt may fill `data.max_prompt_tokens`, and no more than the context leaves beside `max_new_tokens`. An answer may fill
     `data.max_answer_tokens` and what the context leaves behind its prompt, the end token counted; a longer one is cut
-    and has none. Raises InputError, naming the row, for a prompt that is too long (`data.long_prompt="fail"`) or that
-    the template refuses, and where no row is left.
+    and has none. Raises InputError, naming the row, for a prompt that is too long (`data.long_prompt="fail"`), for one
+    that the template refuses (`data.on_bad_row="fail"`; `skip` counts it), and where no row is left.
     """
     room = context - max_new_tokens
     limit = min(data.max_prompt_tokens or room, room)
@@ -44,11 +45,13 @@ def render(
         raise InputError(
             f"play.max_new_tokens: {max_new_tokens} tokens leave no room for a prompt in the model's context of {context}; lower it"
         )
-    kinds = (*_COUNT_OF.values(), "prompts_dropped", "golds_dropped")
+    kinds = (*_COUNT_OF.values(), "prompts_dropped", "golds_dropped", "template_refused")
     counts = Counter({"prompts": len(examples)} | dict.fromkeys(kinds, 0))
     rows: list[Rendered] = []
     for start in range(0, len(examples), _CHUNK):
         rows += _rows(examples[start : start + _CHUNK], renderer, data, context, limit, counts)
+    if not rows and counts["template_refused"] == len(examples) > 0:
+        _text(examples[0], renderer)
     if not rows:
         raise InputError(
             f"data: none of {len(examples)} rows is left ({counts['prompts_dropped']} had a prompt over {limit} tokens, "
@@ -60,7 +63,7 @@ def render(
 def _rows(
     examples: Sequence[Example], renderer: Renderer, data: DataConfig, context: int, limit: int, counts: Counter[str]
 ) -> Iterator[Rendered]:
-    texts = [_text(example, renderer) for example in examples]
+    examples, texts = _texts(examples, renderer, data, counts)
     prompts = renderer.encode_prompts(texts)
     golds = _answers([example.gold for example in examples], texts, prompts, renderer)
     generations = _answers([example.generated for example in examples], texts, prompts, renderer)
@@ -100,6 +103,24 @@ def _rows(
 def _ended(answer: list[int], room: int, end_id: int) -> tuple[int, ...]:
     """The answer with its end token, or as much of it as there is room for and no end token."""
     return tuple(answer[:room]) if len(answer) >= room else (*answer, end_id)
+
+
+def _texts(
+    examples: Sequence[Example], renderer: Renderer, data: DataConfig, counts: Counter[str]
+) -> tuple[list[Example], list[str]]:
+    """The examples that the template takes, and their prompts as text."""
+    taken: list[Example] = []
+    texts: list[str] = []
+    for example in examples:
+        try:
+            texts.append(_text(example, renderer))
+        except InputError:
+            if data.on_bad_row == "fail":
+                raise
+            counts["template_refused"] += 1
+        else:
+            taken.append(example)
+    return taken, texts
 
 
 def _text(example: Example, renderer: Renderer) -> str:

@@ -152,7 +152,7 @@ def _shown(run: RunView, name: str, answers: list[Answer]) -> Shown:
 
 
 def _tokens(run: RunView, turn: RoundView) -> dict[str, int]:
-    """Stage to the completion tokens it sampled or scored; for training, prompt and completion tokens of its steps."""
+    """Stage to the completion tokens it sampled or scored; for `player`, prompt and completion tokens of its steps."""
     counts = {
         "samples": sum(len(sample.tokens) for sample in rows(turn, "samples", Sample)),
         "frozen": sum(len(logps) for row in rows(turn, "frozen", Frozen) for logps in row.logps),
@@ -160,7 +160,7 @@ def _tokens(run: RunView, turn: RoundView) -> dict[str, int]:
     }
     if turn.log:  # with `log_every` above 1 the log holds some of the steps: their mean stands for the others
         mean = sum(row.get("tokens", 0) for row in turn.log) / len(turn.log)
-        counts["player" if "player" in turn.stages else "train"] = round(mean * turn.log[-1]["step"])
+        counts["player"] = round(mean * turn.log[-1]["step"])
     return {name: count for name, count in counts.items() if count}
 
 

@@ -22,6 +22,8 @@ _PAGE_COLOURS = {_INK: "var(--soft)", _GRID: "var(--rule)", _LINES[0]: "var(--li
 
 @dataclass(frozen=True)
 class Line:
+    """One curve of a chart."""
+
     label: str
     points: tuple[tuple[float, float, float], ...]
     """x, y and the half-width of y's 95 % interval (0: none); a NaN breaks the line."""
@@ -29,6 +31,8 @@ class Line:
 
 @dataclass(frozen=True)
 class Chart:
+    """What one chart shows, before it is drawn."""
+
     title: str
     unit: str
     x: str

@@ -17,6 +17,8 @@ Z95 = 1.96
 
 @dataclass(frozen=True)
 class Verdict:
+    """What a run came to, in words."""
+
     sentence: str
     detail: str
     """How the interval was made and how the best player was chosen."""
@@ -24,6 +26,8 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Gain:
+    """A figure of the best player less player 0's, with its standard error."""
+
     mean: float
     se: float
     how: str
@@ -31,10 +35,12 @@ class Gain:
 
     @property
     def interval(self) -> tuple[float, float]:
+        """The 95 % interval."""
         return self.mean - Z95 * self.se, self.mean + Z95 * self.se
 
     @property
     def noise(self) -> bool:
+        """Whether the interval holds 0."""
         low, high = self.interval
         return low <= 0 <= high
 

@@ -25,6 +25,7 @@ import yaml
 from sparring.config import Tree
 from sparring.errors import BusyError, InputError
 from sparring.plan import FORMAT, Stage
+from sparring.players import looks_local
 from sparring.rundir.states import TrainStates
 from sparring.rundir.store import read_json, sync, write_json, write_text
 from sparring.types import Player
@@ -78,6 +79,7 @@ class RunDir:
         write_json(self.path / "start" / "player.json", asdict(start))
 
     def done(self, stage: Stage) -> bool:
+        """Whether a stage is finished, whatever its settings were."""
         return (self.path / stage.folder / "stage.json").exists()
 
     def once(self, stage: Stage, make: Callable[[Path], Counts]) -> Path:
@@ -134,6 +136,7 @@ class RunDir:
         write_json(path, {role: asdict(player) for role, player in roles.items()})
 
     def states(self, stage: Stage) -> TrainStates:
+        """Log and resumable state of a `player` stage's training."""
         return TrainStates((self.path / stage.folder).with_name("train"), stage.key)
 
     def touched(self, stages: Sequence[Stage]) -> list[Touched]:
@@ -227,8 +230,13 @@ def _partial(folder: Path) -> Path:
 
 
 def best_target(run: Path, player: Player) -> str:
-    """What `best` points to: a folder of the run by relative path, so that it can be moved, else the given model."""
-    path = Path(player.path)
+    """What `best` points to: a folder of the run by relative path, so that it can be moved, else the given model.
+
+    A model of the Hub has no folder: `start`, whose `player.json` names it, stands for it.
+    """
+    if not looks_local(player.path):
+        return "start"
+    path, run = Path(player.path).resolve(), run.resolve()
     return str(path.relative_to(run)) if path.is_relative_to(run) else player.path
 
 

@@ -42,6 +42,7 @@ class TrainStates:
         return state
 
     def save(self, step: int, tensors: dict[str, Tensor]) -> None:
+        """Keep the state after a step, in place of the one before."""
         import torch
         from safetensors.torch import save_file
 
@@ -54,6 +55,7 @@ class TrainStates:
             save_file({k: v.contiguous() for k, v in tensors.items()} | {"step": torch.tensor(step)}, str(temporary))
 
     def log(self, row: dict[str, float]) -> None:
+        """Append a line to the training log."""
         with self._log.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(row) + "\n")
 
@@ -64,6 +66,7 @@ class TrainStates:
         return str(path)
 
     def drop_state(self) -> None:
+        """Delete the saved state of a training that is done; the log stays."""
         shutil.rmtree(self.folder / "state", ignore_errors=True)
 
     def _keep_lines(self, step: int) -> None:

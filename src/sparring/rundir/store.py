@@ -109,7 +109,7 @@ class Rows(Sequence[T], Generic[T]):
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        files = sorted(folder.glob("*.parquet"))
+        files = sorted(folder.rglob("*.parquet"))
         self._make = _decoder(row_type)
         self._table: pa.Table | None = pa.concat_tables([pq.read_table(f) for f in files]) if files else None
         self._rows: list[T] | None = None

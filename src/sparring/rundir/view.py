@@ -12,7 +12,7 @@ from sparring import methods
 from sparring.config import Config
 from sparring.config.recipe import load, read_recipe
 from sparring.errors import InputError
-from sparring.plan import FORMAT, round_folder
+from sparring.plan import FORMAT, first_round, round_folder
 from sparring.rundir import best_target
 from sparring.rundir.states import read_log
 from sparring.rundir.store import Rows, read_json
@@ -38,6 +38,7 @@ class RoundView:
 
     @property
     def roles(self) -> dict[str, Player]:
+        """Role to player, as recorded before the round began."""
         file = self.path / "roles.json"
         return {role: Player(**fields) for role, fields in read_json(file).items()} if file.exists() else {}
 
@@ -81,13 +82,14 @@ class RunView:
 
     @property
     def name(self) -> str:
+        """The name of the run's folder."""
         return self.path.name
 
     @cached_property
     def rounds(self) -> list[RoundView]:
+        """All rounds of the recipe in order, done or not."""
         made = [methods.make(r.method, r.hyper) for r in self.config.rounds]
-        plays = [m.plays is not None for m in made]
-        first = -plays.index(True) if any(plays) else 0
+        first = first_round(made)
         return [
             RoundView(self.path / round_folder(first + i, first), first + i, made[i].name, r.hyper)
             for i, r in enumerate(self.config.rounds)
@@ -132,15 +134,24 @@ class RunView:
 
     @cached_property
     def examples(self) -> dict[str, Example]:
+        """Training examples by id."""
         return self._examples("train")
 
     @cached_property
     def heldout(self) -> dict[str, Example]:
+        """Held-out examples by id."""
         return self._examples("heldout")
 
     def _examples(self, part: str) -> dict[str, Example]:
         folder = self.path / "data" / part
         return {e.id: e for e in Rows(folder, Example)} if folder.exists() else {}
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of all finished stages together, in whatever process each was done."""
+        files = [self.path / folder / "stage.json" for folder in ("data", "start/eval")]
+        before = sum(float(read_json(file)["seconds"]) for file in files if file.exists())
+        return before + sum(sum(r.seconds.values()) for r in self.rounds)
 
     def _eval_folder(self, number: int) -> Path:
         made = next((r for r in self.rounds if r.t + 1 == number), None)
