@@ -82,9 +82,10 @@ def table(results: list[dict[str, Any]]) -> str:
     lines = ["| | sampled, T = 1 | greedy | gold_nll (nats) |", "|---|---|---|---|"]
     for name in results[0]["rows"]:
         cells = []
-        for key, scale in (("sampled", 100), ("greedy", 100), ("gold_nll", 1)):
+        for key, scale, digits in (("sampled", 100, 1), ("greedy", 100, 1), ("gold_nll", 1, 3)):
             values = [scale * r["rows"][name][key]["mean"] for r in results]
-            cells.append(f"{statistics.fmean(values):.{1 if scale == 100 else 3}f} ± {_se(values)}")
+            error = _se(values)
+            cells.append(f"{statistics.fmean(values):.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}"))
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
