@@ -14,9 +14,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sparring import data, evaluate, logps, losses, methods, pair, play, players, prompts, train
-    from sparring.api import best_of, fork, prepare, run, run_stage
+    from sparring import controls, data, evaluate, logps, losses, methods, pair, play, players, prompts, train
+    from sparring.api import fork, prepare, run, run_stage
     from sparring.errors import BusyError, InputError, NonFiniteError, SparringError
+    from sparring.judge.score import load_scorer
     from sparring.judge.verify import load_verifier
     from sparring.report import write_report
     from sparring.rundir.view import RunView
@@ -29,9 +30,12 @@ if TYPE_CHECKING:
         Message,
         Method,
         Paired,
+        Played,
         Player,
         Rendered,
         Sample,
+        Score,
+        Turn,
     )
 
 __version__ = "0.1.0"
@@ -47,15 +51,19 @@ __all__ = [
     "Method",
     "NonFiniteError",
     "Paired",
+    "Played",
     "Player",
     "Rendered",
     "RunView",
     "Sample",
+    "Score",
     "SparringError",
-    "best_of",
+    "Turn",
+    "controls",
     "data",
     "evaluate",
     "fork",
+    "load_scorer",
     "load_verifier",
     "logps",
     "losses",
@@ -72,8 +80,9 @@ __all__ = [
 ]
 
 _HOMES = {
-    "api": {"best_of", "fork", "prepare", "run", "run_stage"},
+    "api": {"fork", "prepare", "run", "run_stage"},
     "errors": {"BusyError", "InputError", "NonFiniteError", "SparringError"},
+    "judge.score": {"load_scorer"},
     "judge.verify": {"load_verifier"},
     "report": {"write_report"},
     "rundir.view": {"RunView"},
@@ -86,9 +95,12 @@ _HOMES = {
         "Message",
         "Method",
         "Paired",
+        "Played",
         "Player",
         "Rendered",
         "Sample",
+        "Score",
+        "Turn",
     },
 }
 

@@ -14,18 +14,27 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from sparring import data, methods, players
+from sparring import data, methods, players, prompts
 from sparring.config import Config, Tree
-from sparring.config.recipe import load, override, read_recipe, recipe_with_defaults
+from sparring.config.recipe import ROLES, load, override, read_recipe, recipe_with_defaults
 from sparring.errors import InputError
+from sparring.judge.score import load_scorer
 from sparring.judge.verify import load_verifier
-from sparring.plan import Plan, RoundPlan, make_plan
+from sparring.plan import NAMED, Plan, RoundPlan, make_plan, outside_paths
 from sparring.plugins import is_file_reference
 from sparring.rundir import RunDir, Touched
 from sparring.rundir.view import RunView, check_format, read_run_recipe
 from sparring.types import Player
 
-STAGE_OF_COMMAND = {"play": "samples", "pair": "groups", "freeze": "frozen", "train": "player", "eval": "eval"}
+STAGE_OF_COMMAND = {
+    "play": "samples",
+    "judge": "scores",
+    "pair": "groups",
+    "freeze": "frozen",
+    "hold": "held",
+    "train": "player",
+    "eval": "eval",
+}
 
 
 @dataclass(frozen=True)
@@ -63,7 +72,7 @@ def run(
 
 
 def run_stage(path: Path | str, command: str, t: int) -> RunView:
-    """Do one stage of one round of an existing run (`play`, `pair`, `freeze`, `train` or `eval`).
+    """Do one stage of one round of an existing run (`play`, `judge`, `pair`, `freeze`, `hold`, `train` or `eval`).
 
     Raises InputError where the round does not exist or an earlier stage is missing.
     """
@@ -75,7 +84,8 @@ def run_stage(path: Path | str, command: str, t: int) -> RunView:
     name = STAGE_OF_COMMAND[command]
     stages = [s for s in found.stages if s.name == name]
     if not stages:
-        raise InputError(f"{path}: round {t} ({found.method.name}) has no stage {name}: nobody plays in it")
+        known = ", ".join(stage.name for stage in found.stages)
+        raise InputError(f"{path}: round {t} ({found.method.name}) has no stage {name}; it has {known}")
     with _opened(prepared, redo=False) as target:
         known_stages = {s.folder: s for s in prepared.plan.stages if s.name != "data"}
         missing = [name for name in stages[0].inputs if name in known_stages and not target.done(known_stages[name])]
@@ -83,7 +93,7 @@ def run_stage(path: Path | str, command: str, t: int) -> RunView:
             raise InputError(f"{path}: {stages[0].folder} needs {missing[-1]}, which is not done; do that stage first")
         wanted = {prepared.plan.data.folder, stages[0].folder}
         shop = Workshop(target, prepared.config, prepared.plan, prepared.start)
-        advance(shop, lambda stage: stage.folder in wanted)
+        advance(shop, wanted)
         if command == "eval":
             mark_best(target.path)
     return RunView(target.path)
@@ -136,11 +146,35 @@ def prepare(recipe: Tree | Path | str, overrides: Sequence[str] = (), *, out: Pa
     compute = _compute(config)
     tree["model"] = tree["model"] | {"compute": compute}
     config = config.model_copy(update={"model": config.model.model_copy(update={"compute": compute})})
-    plan = make_plan(config, hashes, sha)
-    if config.evaluate.verifier:
-        load_verifier(config.evaluate.verifier)
+    plan = make_plan(config, hashes, sha, _outside(config))
+    for name in (config.evaluate.verifier, *(r.method.verifier for r in plan.rounds)):
+        if name:
+            load_verifier(name)
+    for r in plan.rounds:
+        if r.method.scorer:
+            load_scorer(r.method.scorer)
     start = Player(config.model.path, plan.first, sha)
     return Prepared(Path(config.run), recipe_with_defaults(tree), config, plan, start)
+
+
+def _outside(config: Config) -> dict[str, str]:
+    """Content hash of every model that has a role by its path. Raises InputError, before anything is played, where one
+    cannot be read or writes other token ids than the start."""
+    hashes: dict[str, str] = {}
+    for path in outside_paths(config):
+        try:
+            hashes[path] = players.identify(path)
+            players.model_config(path, config.model.model_copy(update={"revision": None}))
+            theirs = prompts.load_tokenizer(path, trust_remote_code=config.model.trust_remote_code)
+        except InputError as error:
+            raise InputError(
+                f"rounds: role `{path}`: {error}; write previous, initial, best or a model's path"
+            ) from error
+        model = config.model
+        ours = prompts.load_tokenizer(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
+        if theirs.get_vocab() != ours.get_vocab():
+            raise InputError(f"rounds: role `{path}`: has another tokenizer than model.path; players must share one")
+    return hashes
 
 
 def _compute(config: Config) -> str:
@@ -157,29 +191,12 @@ def _compute(config: Config) -> str:
 
 
 def mark_best(path: Path) -> int | None:
-    """Point `best` at the best player by `evaluate.best`; within one standard error the later player wins."""
+    """Point `best` at the best player; see `controls.best_player`."""
     view = RunView(path)
-    figure = view.config.evaluate.best
-    if figure == "auto":
-        figure = "sampled" if view.config.evaluate.verifier and view.config.evaluate.samples else "last"
-    numbers = sorted(n for n in view.players if n >= 0)
-    if not numbers:
-        return None
-    best = numbers[-1]
-    if figure != "last":
-        scored = {n: (view.evaluation(n) or {}).get(figure) for n in numbers}
-        known = {n: v for n, v in scored.items() if v and v.get("mean") is not None}
-        if known:
-            best = best_of({n: (v["mean"], v["se"]) for n, v in known.items()}, lower_wins=figure == "gold_nll")
-    RunDir(view.path).mark_best(view.players[best])
+    best = view.best_player()
+    if best is not None:
+        RunDir(view.path).mark_best(view.players[best])
     return best
-
-
-def best_of(scores: Mapping[int, tuple[float, float | None]], *, lower_wins: bool = False) -> int:
-    """The last player within one standard error (None, of a single prompt: 0) of the top mean. DESIGN §7 (keep-best)."""
-    sign = -1 if lower_wins else 1
-    mean, error = max(((sign * m, e or 0.0) for m, e in scores.values()), key=lambda pair: pair[0])
-    return max(n for n, (m, _) in scores.items() if sign * m >= mean - error)
 
 
 @contextmanager
@@ -224,14 +241,23 @@ def _absolute(tree: Tree) -> Tree:
     }
     result = tree | {name: _changed(tree.get(name), how) for name, how in sections.items() if name in tree}
     if isinstance(tree.get("rounds"), list):
-        result["rounds"] = [_changed(entry, {"method": _reference}) for entry in tree["rounds"]]
+        how = {"method": _reference, "verifier": _reference, "scorer": _reference} | dict.fromkeys(ROLES, _who)
+        result["rounds"] = [_changed(entry, how) for entry in tree["rounds"]]
     return result
 
 
 def _changed(section: Any, how: Mapping[str, Callable[[str], str]]) -> Any:
     if not isinstance(section, dict):
         return section
-    return {k: how[k](v) if k in how and isinstance(v, str) and v else v for k, v in section.items()}
+
+    def one(key: str, value: Any) -> Any:
+        return how[key](value) if isinstance(value, str) and value else value
+
+    # A list has one value per round
+    each = {
+        k: [one(k, item) for item in v] if isinstance(v, list) else one(k, v) for k, v in section.items() if k in how
+    }
+    return section | each
 
 
 def _path(value: str) -> str:
@@ -239,15 +265,20 @@ def _path(value: str) -> str:
     return str(path.resolve()) if path.exists() else value
 
 
+def _who(value: str) -> str:
+    return value if value in NAMED else _path(value)
+
+
 def _reference(value: str) -> str:
     # A method's or verifier's name is never a path, even where a folder is called the same
-    file, _, name = value.rpartition(":")
-    return f"{_path(file)}:{name}" if is_file_reference(value) else value
+    prefix = "verifier:" if value.startswith("verifier:") else ""
+    file, _, name = value.removeprefix(prefix).rpartition(":")
+    return f"{prefix}{_path(file)}:{name}" if is_file_reference(value) else value
 
 
 def environment() -> dict[str, Any]:
     """Versions, hardware and git state, for provenance."""
-    names = ("sparring", "torch", "transformers", "tokenizers", "datasets", "numpy", "safetensors", "pyarrow")
+    names = ("sparring", "torch", "transformers", "peft", "tokenizers", "datasets", "numpy", "safetensors", "pyarrow")
     return {
         "versions": {name: _version(name) for name in names},
         "python": platform.python_version(),
@@ -275,4 +306,4 @@ def _version(name: str) -> str | None:
         return None
 
 
-__all__ = ["Prepared", "best_of", "fork", "mark_best", "prepare", "run", "run_stage"]
+__all__ = ["Prepared", "fork", "mark_best", "prepare", "run", "run_stage"]

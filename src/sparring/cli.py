@@ -123,8 +123,10 @@ def _stage_command(name: str, text: str) -> None:
 
 
 _stage_command("play", "One stage: this round's opponent answers the prompts.")
+_stage_command("judge", "One stage: what the method's verifier or scorer says of the answers.")
 _stage_command("pair", "One stage: samples and gold answers become groups.")
 _stage_command("freeze", "One stage: the frozen players' log-probs of the groups.")
+_stage_command("hold", "One stage: held-out answers of the round's start, which its guard reads.")
 _stage_command("train", "One stage: groups to the next player.")
 _stage_command("eval", "One stage: evaluate the player that this round made.")
 
@@ -162,6 +164,33 @@ def report(path: Run) -> None:
     from sparring.rundir.view import RunView
 
     typer.echo(f"report: {write_report(RunView(path), path / 'report.html')}")
+
+
+@app.command()
+def export(
+    path: Run,
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    player: Annotated[str, typer.Option(help="A player's number, or `best`.")] = "best",
+    merge: Annotated[bool, typer.Option("--merge", help="An adapter player as a whole model.")] = False,
+) -> None:
+    """Copy a player out of its run as an ordinary Hugging Face folder."""
+    from sparring import players, preview
+    from sparring.rundir.view import RunView
+
+    view = RunView(path)
+    chosen = preview.chosen_players(view, [player])[0]
+    players.export_player(chosen.path, out, view.config.model, merge=merge)
+    typer.echo(f"{out}: player {chosen.round} of {path}")
+
+
+@app.command()
+def compare(runs: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="Runs' directories.")]) -> None:
+    """Runs side by side: best players, gains over their start and over the first run, cost."""
+    from sparring import compare as side_by_side
+    from sparring import views
+    from sparring.rundir.view import RunView
+
+    _print(views.compare(*side_by_side.compare([RunView(path) for path in runs])))
 
 
 @app.command()

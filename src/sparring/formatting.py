@@ -63,8 +63,9 @@ def seconds(value: float | None) -> str:
 
 
 def stages(rounds: Sequence[RoundView]) -> list[str]:
-    """The stages of any of the rounds, in the order in which a round runs them."""
-    found = {name for turn in rounds for name in turn.stages}
+    """The stages of any of the rounds, in the order in which a round runs them; those that few methods have, if begun."""
+    few = ("scores", "held")
+    found = {name for turn in rounds for name, state in turn.stages.items() if name not in few or state != "-"}
     return [name for name in STAGES if name in found]
 
 

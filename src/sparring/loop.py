@@ -1,4 +1,4 @@
-"""The loop: play → pair → freeze → train → evaluate, round after round.
+"""The loop: play → judge → pair → freeze → train → evaluate, round after round.
 
 A stage is a function that fills a folder (`stages.py`); `RunDir.once` calls it unless its folder is there. Nothing but
 files crosses from one stage to the next, so resuming, forking and running one stage alone are the same code.
@@ -7,7 +7,7 @@ files crosses from one stage to the next, so resuming, forking and running one s
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 
@@ -15,26 +15,36 @@ from sparring import stages
 from sparring.plan import Stage
 from sparring.rundir import Counts
 from sparring.rundir.store import read_json
+from sparring.rundir.view import RunView
 from sparring.workshop import Workshop
 
 log = logging.getLogger("sparring")
 
 MAKE = {
     "samples": stages.samples,  # the opponent answers every prompt
+    "scores": stages.scores,  # only methods that judge: what a verifier or scorer says of the answers
     "groups": stages.groups,  # gold answers and samples become what the loss compares
     "frozen": stages.frozen,  # the reference's log-probs of it, once
+    "held": stages.held,  # held-out answers of the round's start, by which the guard sees how far training moves
     "player": stages.player,  # groups + frozen + loss → the next player
 }
 
 
-def advance(shop: Workshop, wanted: Callable[[Stage], bool] = lambda stage: True) -> None:
-    """Do every wanted stage that is not done yet, in order."""
+def advance(shop: Workshop, only: Collection[str] | None = None) -> None:
+    """Do every stage that is not done yet, in order; given folders, those alone, whatever the stop rule says."""
+
+    def wanted(stage: Stage) -> bool:
+        return only is None or stage.folder in only
+
     once(shop, wanted, shop.plan.data, stages.data)
     once(shop, wanted, shop.plan.start_eval, partial(stages.evaluation, number=shop.plan.first))
     for r in shop.plan.rounds:
+        if only is None and (reason := RunView(shop.run.path).stop_reason(r.t)):
+            log.info("%s: not begun: %s", r.folder, reason)
+            break
         recorded = (shop.run.path / r.folder / "roles.json").exists()
         if any(wanted(stage) and not (recorded and shop.run.done(stage)) for stage in r.stages):
-            shop.run.record_roles(r.folder, {role: shop.player(number) for role, number in r.roles.items()})
+            shop.run.record_roles(r.folder, {role: shop.resolve(r, role) for role in r.roles})
         for stage in r.stages:
             if stage.name == "eval":
                 once(shop, wanted, stage, partial(stages.evaluation, number=r.t + 1))

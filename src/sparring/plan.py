@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparring import methods
+from sparring import adapters, methods
 from sparring.config import Config, Round
 from sparring.errors import InputError
+from sparring.judge import score
 from sparring.plugins import identity
-from sparring.types import Method
+from sparring.types import Method, Turn
 
-FORMAT = 1
+FORMAT = 2
 """Version of the run directory; a newer one is refused."""
 
 
@@ -30,7 +31,7 @@ class Stage:
     folder: str
     """Where its result lies, relative to the run, for example `round_000/samples`."""
     name: str
-    """`data`, `samples`, `groups`, `frozen`, `player` or `eval`."""
+    """`data`, `samples`, `scores`, `groups`, `frozen`, `held`, `player` or `eval`."""
     settings: Mapping[str, Any]
     """What it depends on besides its inputs, by dotted name."""
     inputs: Mapping[str, str]
@@ -43,6 +44,9 @@ class Stage:
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
+Who = int | str
+
+
 @dataclass(frozen=True)
 class RoundPlan:
     """One round: its number, settings, method, who plays which role, and its stages in order."""
@@ -51,13 +55,27 @@ class RoundPlan:
     folder: str
     settings: Round
     method: Method
-    roles: Mapping[str, int]
-    """Role to player number."""
+    roles: Mapping[str, Who]
+    """Role to player number, to `best` (of the players that the round finds), or to a model's path."""
     stages: tuple[Stage, ...]
 
     def stage(self, name: str) -> Stage:
         """The round's stage of this name."""
         return next(stage for stage in self.stages if stage.name == name)
+
+    def has(self, name: str) -> bool:
+        """Whether the round has a stage of this name."""
+        return any(stage.name == name for stage in self.stages)
+
+    @property
+    def turns(self) -> tuple[Turn, ...]:
+        """Who answers in this round."""
+        return tuple(turn for turn in self.method.plays if turn.role in self.roles)
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """Whose log-probs are taken in this round."""
+        return tuple(role for role in self.method.frozen if role in self.roles)
 
 
 @dataclass(frozen=True)
@@ -79,35 +97,72 @@ class Plan:
         return self.rounds[0].t
 
 
-def make_plan(config: Config, data_hashes: Mapping[str, str], start_sha: str) -> Plan:
+def make_plan(config: Config, data_hashes: Mapping[str, str], start_sha: str, outside: Mapping[str, str]) -> Plan:
     """Resolve every round's method, roles and stage keys.
 
+    `outside`: content hash of every model that a recipe gives a role by its path (`outside_paths`).
     Leading rounds in which nobody plays (SFT) prepare: they are numbered −k … −1 so that self-play starts from player 0.
     Raises InputError where a method refuses its hyper-parameters or asks for a player that does not exist yet.
     """
     made = [methods.make(r.method, r.hyper) for r in config.rounds]
     first = first_round(made)
     data = Stage("data", "data", _data_settings(config), dict(data_hashes))
-    keys = {first: start_sha}
+    known = _Known({first: start_sha}, {}, outside)
+    start_eval = Stage("start/eval", "eval", _eval_settings(config), {"data": data.key, f"player {first}": start_sha})
+    known.evals[first] = start_eval.key
     rounds: list[RoundPlan] = []
     for i, (settings, method) in enumerate(zip(config.rounds, made, strict=True)):
         t = first + i
-        plan = _round(config, settings, method, t, first, data, keys, rounds)
-        keys[t + 1] = plan.stage("player").key
+        plan = _round(config, settings, method, t, first, data, known, rounds)
+        known.players[t + 1], known.evals[t + 1] = plan.stage("player").key, plan.stage("eval").key
         rounds.append(plan)
-    start_eval = Stage("start/eval", "eval", _eval_settings(config), {"data": data.key, f"player {first}": start_sha})
     return Plan(data, start_eval, tuple(rounds))
 
 
 def first_round(made: Sequence[Method]) -> int:
     """Number of a run's first round: 0, or −k before k leading rounds in which nobody plays."""
-    plays = [method.plays is not None for method in made]
+    plays = [bool(method.plays) for method in made]
     return -plays.index(True) if any(plays) else 0
 
 
 def round_folder(t: int, first: int) -> str:
     """`round_000` from where self-play starts; `prep_000` for the rounds before it."""
     return f"round_{t:03d}" if t >= 0 else f"prep_{t - first:03d}"
+
+
+def outside_paths(config: Config) -> list[str]:
+    """Models that a recipe gives a role by their path."""
+    given = [who for r in config.rounds for who in r.roles.values()]
+    return sorted({who for who in given if who not in NAMED})
+
+
+NAMED = ("previous", "initial", "best")
+
+
+@dataclass(frozen=True)
+class _Known:
+    """Keys of the players and evaluations before a round, and hashes of models from elsewhere."""
+
+    players: dict[int, str]
+    evals: dict[int, str]
+    outside: Mapping[str, str]
+
+    def inputs(self, role: str, who: Who, figure: str) -> dict[str, str]:
+        """What a stage depends on that uses `who`."""
+        if isinstance(who, int):
+            return {f"player {who} ({role})": self.players[who]}
+        if who != "best":
+            return {f"model ({role})": self.outside[who]}
+        numbers = candidates(self.players)
+        both = {
+            f"{n} {kind}": keys[n] for n in numbers for kind, keys in (("player", self.players), ("eval", self.evals))
+        }
+        return {f"best of players {numbers[0]} … {numbers[-1]} by {figure} ({role})": _digest(both)}
+
+
+def candidates(numbers: Iterable[int]) -> list[int]:
+    """The players among which the best is sought: those of self-play, or the start while there is none."""
+    return sorted(n for n in numbers if n >= 0) or sorted(numbers)[-1:]
 
 
 def _round(
@@ -117,59 +172,134 @@ def _round(
     t: int,
     first: int,
     data: Stage,
-    keys: Mapping[int, str],
+    known: _Known,
     earlier: Sequence[RoundPlan],
 ) -> RoundPlan:
     folder = round_folder(t, first)
-    roles = _roles(method, t, keys)
+    roles = _roles(method, settings, t, first, known.players)
 
-    def player(role: str) -> dict[str, str]:
-        return {f"player {roles[role]} ({role})": keys[roles[role]]}
+    def player(*names: str) -> dict[str, str]:
+        inputs: dict[str, str] = {}
+        for role in names:
+            inputs |= known.inputs(role, roles[role], config.evaluate.best)
+        return inputs
 
+    draft = RoundPlan(t, folder, settings, method, roles, ())
+    if method.coupled and method.needs:
+        raise InputError(f"method `{method.name}`: a coupled loss reads log-probs only; drop `needs` or `coupled`")
     name = identity(settings.method)
-    shared = {"limit": settings.limit, "play.max_new_tokens": settings.play.max_new_tokens}
-    prompts = {"model.chat_template": _template(config)} | shared
+    shared: dict[str, Any] = {"limit": settings.limit, "play.max_new_tokens": settings.play.max_new_tokens}
+    prompts: dict[str, Any] = {"model.chat_template": _template(config)} | shared
     compute = {"model.compute": config.model.compute}
-    stages: list[Stage] = []
-    if method.plays is not None:
-        played = {"seed": config.seed, "round": t} | prompts | compute
-        played |= _dotted("play", settings.play.identity())
-        inputs = {"data": data.key, **player(method.plays)}
-        stages.append(Stage(f"{folder}/samples", "samples", played, inputs))
     depends = settings.hyper if method.pairing is None else method.pairing
-    paired = {"method": name, "memory": list(method.memory)} | _dotted(method.name, depends) | prompts
-    replayed = [r for r in reversed(earlier) if r.method.plays is not None][: len(method.memory)]
-    inputs = {"data": data.key} | {s.folder: s.key for s in stages}
-    inputs |= {r.stage("groups").folder: r.stage("groups").key for r in replayed}
+    stages: list[Stage] = []
+    if draft.turns:
+        played: dict[str, Any] = {"seed": config.seed, "round": t} | prompts | compute
+        played |= _dotted("play", settings.play.identity())
+        played |= {"turns": [repr(turn) for turn in draft.turns], "takes_given": method.takes_given}
+        if method.answer_tokens is not None:
+            played |= {"method": name} | _dotted(method.name, depends)
+        if method.official is not None:
+            played |= {"official": True, "bos": method.official.bos}
+        players = [role for turn in draft.turns for role in (turn.role, turn.mixed_with) if role is not None]
+        stages.append(Stage(f"{folder}/samples", "samples", played, {"data": data.key, **player(*players)}))
+    if method.verifier is not None or method.scorer is not None:
+        judged = {
+            "verifier": method.verifier and identity(method.verifier),
+            "scorer": method.scorer and score.identity(method.scorer),
+        }
+        stages.append(Stage(f"{folder}/scores", "scores", judged, {"data": data.key} | _keys(stages)))
+    paired = {"method": name, "round": t, "memory": list(method.memory)} | _dotted(method.name, depends) | prompts
+    if method.template is not None:
+        paired |= {"template": method.template}
+    replayed = [r for r in reversed(earlier) if r.method.plays][: len(method.memory)]
+    recalled = _recalled(method, t, earlier)
+    inputs = {"data": data.key} | _keys(stages)
+    inputs |= _keys([r.stage("groups") for r in replayed]) | _keys([r.stage("samples") for r in recalled])
     groups = Stage(f"{folder}/groups", "groups", paired, inputs)
-    stages.append(groups)
-    inputs = {groups.folder: groups.key}
-    for role in method.frozen:
-        inputs |= player(role)
-    frozen = Stage(f"{folder}/frozen", "frozen", compute | {"roles": list(method.frozen)}, inputs)
-    stages.append(frozen)
+    frozen_settings = compute | {"roles": list(draft.frozen), "official": method.official is not None}
+    frozen = Stage(f"{folder}/frozen", "frozen", frozen_settings, _keys([groups]) | player(*draft.frozen))
+    stages += [groups, frozen]
     trained = {"seed": config.seed, "method": name} | compute | _dotted(method.name, settings.hyper)
-    trained |= _dotted("train", settings.train.identity())
-    made = Stage(
-        f"{folder}/player", "player", trained, {groups.folder: groups.key, frozen.folder: frozen.key, **player("start")}
-    )
+    trained |= _dotted("train", settings.train.identity()) | _lora(config)
+    inputs = _keys([groups, frozen]) | player("start")
+    if "frozen_logits" in method.needs:
+        inputs |= player(*draft.frozen)
+    if method.guarded and config.controls.guards:
+        reading: dict[str, Any] = (
+            {"seed": config.seed, "round": t, "prompts": config.controls.prompts} | prompts | compute
+        )
+        reading = {k: v for k, v in reading.items() if k != "limit"} | {"play.temperature": settings.play.temperature}
+        held = Stage(f"{folder}/held", "held", reading, {"data": data.key} | player("start"))
+        stages.append(held)
+        inputs |= _keys([held])
+        trained |= _dotted("controls", config.controls.guard_identity())
+    made = Stage(f"{folder}/player", "player", trained, inputs)
     evaluated = Stage(f"{folder}/eval", "eval", _eval_settings(config), {"data": data.key, made.folder: made.key})
     return RoundPlan(t, folder, settings, method, roles, (*stages, made, evaluated))
 
 
-def _roles(method: Method, t: int, players: Collection[int]) -> dict[str, int]:
-    """Role to player number in round t. Raises InputError where one is missing or its player is not there yet."""
-    roles = dict(method.roles(t))
+def _lora(config: Config) -> dict[str, Any]:
+    """What an adapter depends on; nothing where all weights are trained."""
+    model = config.model
+    if not model.lora_rank:
+        return {}
+    targets = model.lora_targets if isinstance(model.lora_targets, str) else sorted(model.lora_targets)
+    return {
+        "model.lora_rank": model.lora_rank,
+        "model.lora_alpha": adapters.scale(model),
+        "model.lora_targets": targets,
+    }
+
+
+def _keys(stages: Iterable[Stage]) -> dict[str, str]:
+    return {stage.folder: stage.key for stage in stages}
+
+
+def _recalled(method: Method, t: int, earlier: Sequence[RoundPlan]) -> list[RoundPlan]:
+    """The earlier rounds whose samples a method reads. Raises InputError where nobody played in one."""
+    by_number = {r.t: r for r in earlier}
+    found = []
+    for number in method.recall(t):
+        if number not in by_number or not by_number[number].turns:
+            raise InputError(f"method `{method.name}`: round {t} reads the samples of round {number}, which has none")
+        found.append(by_number[number])
+    return found
+
+
+def _roles(method: Method, settings: Round, t: int, first: int, players: Collection[int]) -> dict[str, Who]:
+    """Role to player in round t, as the method has it or as the recipe says.
+
+    Raises InputError where a role is missing or unknown, or its player is not there yet.
+    """
+    roles: dict[str, Who] = dict(method.roles(t))
     for role, number in roles.items():
         if number not in players:
             raise InputError(
                 f"method `{method.name}`: round {t} wants player {number} as {role}, which is not there yet"
             )
-    for role in ("start", *([] if method.plays is None else [method.plays]), *method.frozen):
-        if role not in roles:
-            found = ", ".join(roles) or "none"
+    # Late rounds have every role, so that a name which never comes up is told at once
+    late = method.roles(max(t, 1000))
+    needed = {
+        "start",
+        *(role for turn in method.plays for role in (turn.role, turn.mixed_with) if role),
+        *method.frozen,
+    }
+    for role in sorted(needed):
+        if role not in late or (role == "start" and role not in roles):
+            found = ", ".join(late) or "none"
             raise InputError(f"method `{method.name}`: round {t} needs the role `{role}`; its roles are {found}")
+    for role, who in settings.roles.items():
+        if role not in roles:
+            raise InputError(
+                f"rounds: {role}={who}: method `{method.name}` has no role `{role}` in round {t}; it has {', '.join(roles)}"
+            )
+        roles[role] = {"previous": t, "initial": 0 if t >= 0 else first}.get(who, who)
     return roles
+
+
+def _digest(content: object) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _data_settings(config: Config) -> dict[str, Any]:

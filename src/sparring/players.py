@@ -1,13 +1,19 @@
-"""Players and their weights on disk: load, save, identity."""
+"""Players and their weights on disk: load, save, identity, export.
+
+A player's folder holds a whole model, or a LoRA adapter and the place and identity of its base.
+"""
 
 from __future__ import annotations
 
 import copy
 import hashlib
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sparring import adapters
+from sparring.adapters import Base
 from sparring.config import ModelConfig
 from sparring.errors import InputError
 
@@ -17,7 +23,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _IDENTITY = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*/*.jinja", "*.py")
-_NOT_IDENTITY = ("stage.json", "README.txt")  # the run's own record of the folder is finished after it was hashed
+# The run's own record of the folder is finished after it was hashed; an adapter's two files are hashed by what they say
+_NOT_IDENTITY = ("stage.json", "README.txt", adapters.CONFIG, adapters.BASE)
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -30,20 +37,73 @@ def looks_local(path: str) -> bool:
 def identify(path: str, revision: str | None = None) -> str:
     """sha256 (hex) of a player's weights, configurations, tokenizer and code; for a Hub id, of its name and commit.
 
-    A Hub id that cannot be resolved here counts as its name and `revision`. Raises InputError for a folder that is
-    missing, holds no weights, or holds pickled weights only.
+    An adapter's covers its base's identity, not its base's place. A Hub id that cannot be resolved here counts as its
+    name and `revision`. Raises InputError for a folder that is missing, holds no weights, or holds pickled weights only.
     """
     if not looks_local(path):
         return hashlib.sha256(f"hub:{path}@{_commit(path, revision)}".encode()).hexdigest()
     folder = Path(path).expanduser()
     check_folder(folder)
     digest = hashlib.sha256()
-    for file in sorted({f for pattern in _IDENTITY for f in folder.glob(pattern) if f.name not in _NOT_IDENTITY}):
+    for file in _own_files(folder):
         digest.update(file.relative_to(folder).as_posix().encode())
         with file.open("rb") as stream:
             while block := stream.read(1 << 20):
                 digest.update(block)
+    if is_adapter(path):
+        digest.update(adapters.config_identity(folder))
+        digest.update(base_of(path).sha.encode())
     return digest.hexdigest()
+
+
+def _own_files(folder: Path) -> list[Path]:
+    return sorted({f for pattern in _IDENTITY for f in folder.glob(pattern) if f.name not in _NOT_IDENTITY})
+
+
+def is_adapter(path: str) -> bool:
+    """Whether a local folder holds a LoRA adapter instead of a whole model."""
+    return looks_local(path) and (Path(path).expanduser() / adapters.CONFIG).exists()
+
+
+def base_of(path: str) -> Base:
+    """The model that an adapter's folder says it belongs to; one of peft's own folders says no hash, so it is taken now.
+
+    Raises InputError where it says none, or is no adapter's.
+    """
+    folder = Path(path).expanduser()
+    check_folder(folder)
+    if (folder / adapters.BASE).exists():
+        try:
+            return Base(**adapters.read_json(folder / adapters.BASE))
+        except TypeError:
+            raise InputError(
+                f"{folder / adapters.BASE}: does not say path, revision and sha; copy the adapter's folder again"
+            ) from None
+    settings = adapters.read_json(folder / adapters.CONFIG)
+    name, revision = settings.get("base_model_name_or_path"), settings.get("revision")
+    if (
+        not isinstance(name, str)
+        or not name
+        or (looks_local(name) and Path(name).expanduser().resolve() == folder.resolve())
+    ):
+        raise InputError(f"{folder / adapters.CONFIG}: names no base; write its folder as base_model_name_or_path")
+    try:
+        return Base(name, revision, identify(name, revision))
+    except InputError as error:
+        raise InputError(f"{path}: its base is not there: {error}") from error
+
+
+def check_base(path: str, base: Base) -> None:
+    """Raises InputError where an adapter's base is not there or is not what it was when the adapter was made."""
+    try:
+        same = identify(base.path, base.revision) == base.sha
+    except InputError as error:
+        raise InputError(f"{path}: its base is not there: {error}; or mend `path` in {adapters.BASE}") from error
+    if not same:
+        raise InputError(
+            f"{path}: its base {base.path} is another model than it was made on (another content hash); restore it there, "
+            f"or mend `path` in {adapters.BASE}"
+        )
 
 
 def _commit(path: str, revision: str | None) -> str | None:
@@ -57,17 +117,24 @@ def _commit(path: str, revision: str | None) -> str | None:
 
 
 def check_folder(folder: Path) -> None:
-    """Raises InputError unless the folder is a Hugging Face model with safetensors weights."""
+    """Raises InputError unless the folder is a Hugging Face model, or a LoRA adapter, with safetensors weights."""
     if not folder.is_dir():
         raise InputError(f"{folder}: no such model folder; give a Hugging Face folder or a Hub id as model.path")
-    if (folder / "adapter_config.json").exists():
-        raise InputError(
-            f"{folder}: a LoRA adapter, not a whole model; merge it into its base first "
-            "(peft: merge_and_unload, then save_pretrained of model and tokenizer)"
-        )
-    if not (folder / "config.json").exists():
+    found = {file.name for file in folder.glob("*.safetensors")}
+    if (folder / adapters.CONFIG).exists():
+        kind = adapters.read_json(folder / adapters.CONFIG).get("peft_type")
+        if kind != "LORA":
+            raise InputError(
+                f"{folder}: an adapter of kind {kind}; only LoRA adapters are read, merge it into its base"
+            )
+        if found - {adapters.WEIGHTS}:
+            raise InputError(
+                f"{folder}: holds a whole model and a LoRA adapter; move {adapters.CONFIG} and {adapters.WEIGHTS}, or the "
+                "rest, to a folder of their own"
+            )
+    elif not (folder / "config.json").exists():
         raise InputError(f"{folder}: no config.json in it, so it is not a Hugging Face model folder")
-    if not list(folder.glob("*.safetensors")):
+    if not found:
         pickled = [f.name for pattern in _PICKLES for f in folder.glob(pattern)]
         if pickled:
             raise InputError(
@@ -80,8 +147,14 @@ def check_folder(folder: Path) -> None:
 def load_model(path: str, config: ModelConfig) -> nn.Module:
     """The weights of a player as float32 masters (float64 for compute: float64), in eval mode, on the device.
 
-    Sets torch's number of threads where the configuration names one. Raises InputError where transformers cannot load them.
+    An adapter comes merged into its base, in that precision: a whole model of its own. Sets torch's number of threads
+    where the configuration names one. Raises InputError where the files cannot be loaded, or where an adapter's base is
+    not what it was.
     """
+    if is_adapter(path):
+        base = base_of(path)
+        check_base(path, base)
+        return adapters.merged(load_model(base.path, _at(config, base)), Path(path).expanduser())
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -106,6 +179,10 @@ def load_model(path: str, config: ModelConfig) -> nn.Module:
         )
     except Exception as error:  # a broken file surfaces as almost any type, from KeyError to safetensors' own
         raise InputError(f"{path}: cannot load the model: {_first_line(error)}") from error
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise InputError(
+            f"{path}: a LoRA adapter on the Hub; download it and give its folder, so that its base is checked"
+        )
     # transformers fills these in at random, which would be another model on every start
     if missing := sorted(loading["missing_keys"]):
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -117,9 +194,12 @@ def load_model(path: str, config: ModelConfig) -> nn.Module:
 
 
 def model_config(path: str, config: ModelConfig) -> Any:
-    """The configuration of a model, without its weights."""
+    """The configuration of a model, without its weights; for an adapter, its base's."""
     from transformers import AutoConfig
 
+    if is_adapter(path):
+        base = base_of(path)
+        return model_config(base.path, _at(config, base))
     local = looks_local(path)
     if local:
         check_folder(Path(path).expanduser())
@@ -132,6 +212,10 @@ def model_config(path: str, config: ModelConfig) -> Any:
         )
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{path}: cannot read the model's configuration: {_first_line(error)}") from error
+
+
+def _at(config: ModelConfig, base: Base) -> ModelConfig:
+    return config.model_copy(update={"revision": base.revision})
 
 
 def context_length(model_config: Any, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -153,6 +237,8 @@ def vocabulary(model_config: Any) -> int | None:
 def stop_ids(path: str, config: ModelConfig) -> list[int]:
     """Tokens at which the model itself stops: eos_token_id of its generation configuration, else of its configuration.
 
+    An adapter without a generation configuration of its own stops where its base does.
+
     Raises InputError for a file that cannot be read.
     """
     from transformers import GenerationConfig
@@ -160,6 +246,9 @@ def stop_ids(path: str, config: ModelConfig) -> list[int]:
     local = looks_local(path)
     folder = Path(path).expanduser()
     ids = None
+    if is_adapter(path) and not (folder / "generation_config.json").exists():
+        base = base_of(path)
+        return stop_ids(base.path, _at(config, base))
     if not local or (folder / "generation_config.json").exists():
         try:
             name = str(folder) if local else path
@@ -209,10 +298,11 @@ def compute_dtype(config: ModelConfig) -> torch.dtype:
 
 def save_player(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, card: str, *,
-    template: str, stop_ids: Sequence[int],
+    template: str | None, stop_ids: Sequence[int],
 ) -> None:  # fmt: skip
     """Write an ordinary Hugging Face folder: safetensors in the masters' precision, tokenizer, configurations, card.
 
+    Of an adapter only its own weights are written, with the place and identity of its base.
     template, stop_ids: what the player was trained with; other programs then write its prompts and end its answers so.
     """
     generation: Any = getattr(model, "generation_config", None)
@@ -223,11 +313,51 @@ def save_player(
         except ValueError:
             # Published models name a temperature without this, which transformers loads but refuses to save
             generation.do_sample = True
-    model.save_pretrained(folder)  # type: ignore[operator]
+    if adapters.is_adapter(model):
+        adapters.save(model, folder)
+        if generation is not None:
+            generation.save_pretrained(folder)
+    else:
+        model.save_pretrained(folder)  # type: ignore[operator]
     own = copy.copy(tokenizer)
     own.chat_template = template
     own.save_pretrained(str(folder))
     (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def export_player(path: str, out: Path, config: ModelConfig, *, merge: bool = False) -> None:
+    """Copy a player to a folder of its own, without the run's records; `merge` makes an adapter a whole model.
+
+    Merging adds in float32 (float64 for compute: float64). A Hub id is written as a folder. Raises InputError where
+    `out` exists or the player does not load.
+    """
+    from sparring.prompts import load_tokenizer
+
+    if out.exists():
+        raise InputError(f"{out}: exists already; give a new folder")
+    source = Path(path).expanduser()
+    making = out.with_name(f".{out.name}.tmp")
+    shutil.rmtree(making, ignore_errors=True)
+    making.mkdir(parents=True)
+    card = (source / "README.md").read_text(encoding="utf-8") if (source / "README.md").exists() else ""
+    if looks_local(path) and not (merge and is_adapter(path)):
+        check_folder(source)
+        also = [source / name for name in (adapters.CONFIG, adapters.BASE) if (source / name).exists()]
+        for file in [*_own_files(source), *also]:
+            target = making / file.relative_to(source)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, target)
+        (making / "README.md").write_text(card, encoding="utf-8")
+    else:
+        tokenizer = load_tokenizer(path, revision=config.revision, trust_remote_code=config.trust_remote_code)
+        if is_adapter(path):
+            base = base_of(path)
+            card += f"\nMerged into its base {base.path} (content hash {base.sha[:16]}).\n"
+        template: Any = tokenizer.chat_template
+        save_player(
+            load_model(path, config), tokenizer, making, card, template=template, stop_ids=stop_ids(path, config)
+        )
+    making.rename(out)
 
 
 def _first_line(error: BaseException) -> str:

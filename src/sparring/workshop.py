@@ -1,17 +1,21 @@
-"""What the stages of one run share: its plan, its players, its renderer, and the model loaded last."""
+"""What the stages of one run share: its plan, its players, its renderer, and the models in memory.
+
+Of whole models the one used last stays in memory; with LoRA the start player does, and every adapter on it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparring import players, prompts
-from sparring.config import Config
+from sparring import adapters, players, prompts
+from sparring.adapters import Base
+from sparring.config import Config, ModelConfig
 from sparring.errors import InputError, SparringError
-from sparring.plan import Plan
+from sparring.plan import Plan, RoundPlan
 from sparring.rundir import RunDir
 from sparring.rundir.store import Rows, read_json
 from sparring.types import Example, Player
@@ -30,7 +34,9 @@ class Workshop:
     def __init__(self, run: RunDir, config: Config, plan: Plan, start: Player) -> None:
         self.run, self.config, self.plan = run, config, plan
         self._start = start
-        self._loaded: tuple[str, nn.Module] | None = None
+        self._outside: dict[str, Player] = {}
+        self._models: dict[str, tuple[str, nn.Module]] = {}
+        """Content hash to that of the whole model whose weights it holds, and the model."""
 
     def player(self, number: int) -> Player:
         """Player `number`, from its finished stage. Raises InputError where it is not done."""
@@ -45,25 +51,109 @@ class Workshop:
         folder = self.run.path / stage.folder
         return Player(str(folder), number, read_json(folder / "stage.json")["counts"]["sha"])
 
-    def model(self, player: Player) -> nn.Module:
-        """A player's weights, kept until another player's are asked for. Raises SparringError if they were changed."""
-        if self._loaded is None or self._loaded[0] != player.sha:
-            self._loaded = None
-            if players.identify(player.path, self.config.model.revision) != player.sha:
-                raise SparringError(
-                    f"{player.path}: its files changed since it was made (another content hash); restore them"
-                )
-            self._loaded = (player.sha, players.load_model(player.path, self.config.model))
-        return self._loaded[1]
+    def resolve(self, r: RoundPlan, role: str) -> Player:
+        """Who plays a role in a round: a player of the run, the best one that the round found, or a model from elsewhere."""
+        who = r.roles[role]
+        if who == "best":
+            from sparring.rundir.view import RunView
 
-    def learner(self, start: Player) -> nn.Module:
-        """Weights to train, beginning as a player's; they are that player's no longer, so they are not kept."""
-        model, self._loaded = self.model(start), None
-        return model
+            view = RunView(self.run.path)
+            best = view.best_player(upto=r.t)
+            if best is None or None in view.evaluations(upto=r.t).values():
+                raise InputError(
+                    f"{r.folder}: its {role} is `best`, but a player is not evaluated yet; do `sparring eval` first"
+                )
+            who = best
+        if isinstance(who, int):
+            return self.player(who)
+        if who not in self._outside:
+            self._outside[who] = Player(who, None, players.identify(who))
+        return self._outside[who]
+
+    def model(self, player: Player) -> nn.Module:
+        """A player's weights, kept until another whole model is asked for; of an adapter as long as its base is.
+
+        Nothing that is done with another player's model changes it. Raises SparringError if its files were changed.
+        """
+        if player.sha not in self._models:
+            self._load(player)
+        return self._models[player.sha][1]
+
+    def beside(self, player: Player) -> nn.Module:
+        """A player's weights that stay what they are while other players are loaded and the learner is trained."""
+        if self._lora:
+            return self.model(player)
+        self._check(player)
+        return players.load_model(player.path, self._at(player))
+
+    def learner(self, start: Player, t: int) -> nn.Module:
+        """Weights to train in round t, beginning as a player's.
+
+        With LoRA only an adapter's are trainable: a copy of the start's on the same base, or where the start is a whole
+        model a new one on it. Else they are that player's no longer, so they are not kept.
+        """
+        model = self.model(start)
+        if not self._lora:
+            del self._models[start.sha]
+            return model
+        settings = self.config.model
+        if adapters.is_adapter(model):
+            base = players.base_of(start.path)
+            weights = adapters.weights(model)
+            return adapters.copied(self._whole(base, start), base, settings, weights, start.path)
+        path = str(Path(start.path).expanduser().resolve()) if players.looks_local(start.path) else start.path
+        seed = self.config.seed * 1009 + t - self.plan.first
+        return adapters.fresh(model, Base(path, self._at(start).revision, start.sha), settings, seed)
 
     def keep(self, model: nn.Module, sha: str) -> None:
         """Hand a trained model on as the player it became, so that the next stage need not load it."""
-        self._loaded = (sha, model)
+        self._make_room()
+        if adapters.is_adapter(model):
+            self._models[sha] = (adapters.base(model).sha, model.requires_grad_(False))
+        else:
+            self._models[sha] = (sha, model)
+
+    @property
+    def _lora(self) -> bool:
+        return self.config.model.lora_rank > 0
+
+    def _load(self, player: Player) -> None:
+        self._check(player)
+        settings = self.config.model
+        # Whoever was trained here is an adapter; any other player counts as a whole model, even where it is stored as one
+        if self._lora and player.round not in (None, self.plan.first):
+            base, weights = players.base_of(player.path), adapters.load_weights(Path(player.path))
+            model = adapters.copied(self._whole(base, player), base, settings, weights, player.path)
+            self._models[player.sha] = (base.sha, model.requires_grad_(False))
+        else:
+            self._make_room()
+            self._models[player.sha] = (player.sha, players.load_model(player.path, self._at(player)))
+
+    def _whole(self, base: Base, player: Player) -> nn.Module:
+        """The base of a player that is an adapter; the start player at hand, wherever that lies now, if it is that."""
+        if base.sha == self._start.sha:
+            return self.model(self._start)
+        if base.sha not in self._models:
+            players.check_base(player.path, base)
+            self._make_room()
+            at = self.config.model.model_copy(update={"revision": base.revision})
+            self._models[base.sha] = (base.sha, players.load_model(base.path, at))
+        return self._models[base.sha][1]
+
+    def _at(self, player: Player) -> ModelConfig:
+        """How a player is loaded: `model.revision` is the start's, and no other Hub model's."""
+        model = self.config.model
+        return model if player.round is not None else model.model_copy(update={"revision": None})
+
+    def _check(self, player: Player) -> None:
+        if players.identify(player.path, self._at(player).revision) != player.sha:
+            raise SparringError(
+                f"{player.path}: its files changed since it was made (another content hash); restore them"
+            )
+
+    def _make_room(self) -> None:
+        """Drop every whole model, but with LoRA the start player, and the adapters on them."""
+        self._models = {sha: kept for sha, kept in self._models.items() if self._lora and kept[0] == self._start.sha}
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -85,24 +175,40 @@ class Workshop:
         return players.compute_dtype(self.config.model)
 
     @lru_cache(maxsize=4)  # noqa: B019 -- a workshop lives as long as the run it drives
-    def rendered(self, part: str, max_new_tokens: int, limit: int | None) -> prompts.Rendering:
+    def rendered(
+        self, part: str, max_new_tokens: int, limit: int | None, template: str | None = None
+    ) -> prompts.Rendering:
         """The first `limit` examples of `train` or `heldout` as token ids."""
         examples = Rows(self.run.path / "data" / part, Example)
         chosen = examples[: limit or len(examples)]
         model = players.model_config(self._start.path, self.config.model)
-        return fitted(chosen, self.config, model, self.tokenizer, self.renderer, max_new_tokens)
+        return fitted(chosen, self.config, model, self.tokenizer, self.renderer, max_new_tokens, template)
+
+    def examples(self, ids: Iterable[str]) -> list[Example]:
+        """Training examples by id, in the order asked for."""
+        return [self._by_id[name] for name in ids]
+
+    @cached_property
+    def _by_id(self) -> dict[str, Example]:
+        return {example.id: example for example in Rows(self.run.path / "data" / "train", Example)}
+
+    def hidden(self, r: RoundPlan) -> int | None:
+        """The token that the released SPIN code hides from attention; None for this library's own tokens."""
+        return None if r.method.official is None else self.tokenizer.eos_token_id
 
 
 def fitted(
     examples: Sequence[Example], config: Config, model: Any, tokenizer: PreTrainedTokenizerBase,
-    renderer: prompts.Renderer, max_new_tokens: int,
+    renderer: prompts.Renderer, max_new_tokens: int, template: str | None = None,
 ) -> prompts.Rendering:  # fmt: skip
     """Examples as token ids that a model, given by its configuration, has room and embeddings for.
 
     Raises InputError where it has not.
     """
     context, vocabulary = players.context_length(model, tokenizer), players.vocabulary(model)
-    rendering = prompts.render(examples, renderer, config.data, context=context, max_new_tokens=max_new_tokens)
+    rendering = prompts.render(
+        examples, renderer, config.data, context=context, max_new_tokens=max_new_tokens, template=template
+    )
     largest = max(max(ids, default=0) for r in rendering.rows for ids in (r.prompt, r.gold, r.generated or ()))
     if vocabulary is not None and largest >= vocabulary:
         raise InputError(

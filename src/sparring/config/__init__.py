@@ -58,6 +58,13 @@ class ModelConfig(Section):
     device: str = _doc("auto", "`auto`, `cpu`, `cuda` or `cuda:N`.", execution=True)
     threads: int | None = _doc(None, "CPU threads of torch; None leaves torch's choice.", execution=True, gt=0)
     trust_remote_code: bool = _doc(False, "Let a model repository run its own Python. Off unless you trust it.")
+    lora_rank: int = _doc(
+        0, "Train low-rank adapters on the frozen start player; 0 trains all weights. Dropout is always off.", ge=0
+    )
+    lora_alpha: float | None = _doc(None, "Adapters are scaled by alpha / rank; None: twice the rank.", gt=0)
+    lora_targets: Literal["all-linear"] | tuple[str, ...] = _doc(
+        "all-linear", "Names of the layers that get one, for example [q_proj, v_proj]; all-linear: all but the output."
+    )
 
 
 class DataConfig(Section):
@@ -66,11 +73,13 @@ class DataConfig(Section):
     path: str = _doc("", "JSONL, JSON, Parquet or CSV file, `datasets` folder, or Hub id. Required.")
     name: str | None = _doc(None, "Configuration name of a Hub data set.")
     split: str = _doc("train", "Split to train on, for sources that have splits.")
-    format: Literal["auto", "messages", "prompt_completion", "question_answer", "alpaca", "sharegpt", "spin"] = _doc(
-        "auto", "Row format; auto tells it from the column names."
-    )
+    format: Literal[
+        "auto", "messages", "prompt_completion", "question_answer", "alpaca", "sharegpt", "spin", "preference"
+    ] = _doc("auto", "Row format; auto tells it from the column names.")
     columns: dict[str, str] = _doc(
-        {}, "For other column names, ours to yours: prompt, completion, system, messages, generated."
+        {},
+        "For other column names, ours to yours: prompt, completion, system, messages, generated; "
+        "in format preference, completion is the chosen answer and generated the rejected one.",
     )
     limit: int | None = _doc(None, "Use at most this many training examples, the first after a seeded shuffle.", gt=0)
     heldout: str | None = _doc(None, "File of held-out examples; otherwise they are taken from the training data.")
@@ -120,6 +129,9 @@ class TrainConfig(Section):
     floor: float = _doc(0.0, "Share of the peak at which linear and cosine schedules end.", ge=0, le=1)
     warmup: float = _doc(0.1, "Warm-up: a share of all steps below 1, else a number of steps.", ge=0)
     epochs: int = _doc(2, "Passes over the round's groups. The paper: 2.", gt=0)
+    stop_epoch: int | None = _doc(
+        None, "Stop after this many epochs of a schedule that spans `epochs`. The released SPIN: 2 of 6.", gt=0
+    )
     max_steps: int | None = _doc(None, "Stop after this many steps; the schedule spans them.", gt=0)
     batch_size: int = _doc(64, "Groups per optimizer step. The paper: 64.", gt=0)
     micro_batch: int = _doc(8, "Groups per forward pass; does not change the objective.", execution=True, gt=0)
@@ -127,7 +139,12 @@ class TrainConfig(Section):
     gradient_checkpointing: bool = _doc(
         False, "Recompute activations: less memory, about a third more time.", execution=True
     )
-    save_every: int = _doc(100, "Steps between resumable states: what a killed run can lose.", execution=True, gt=0)
+    save_every: int = _doc(
+        100,
+        "Steps between resumable states: what a killed run can lose. A guarded round has one at each of its checks.",
+        execution=True,
+        gt=0,
+    )
     log_every: int = _doc(1, "Steps between log lines.", execution=True, gt=0)
 
     @field_validator("betas")
@@ -142,7 +159,9 @@ class EvaluateConfig(Section):
     """What each new player is measured by."""
 
     verifier: str | None = _doc(
-        None, "`gsm8k`, an entry point's name or `./file.py:name`: checks answers to held-out prompts."
+        None,
+        "`gsm8k`, `number`, `sql`, `sql_ordered`, an entry point's name or `./file.py:name`: checks answers to held-out "
+        "prompts.",
     )
     limit: int = _doc(500, "Held-out examples used, the first after the seeded shuffle.", gt=0)
     samples: int = _doc(1, "Sampled answers per held-out prompt, beside the greedy one.", ge=0)
@@ -155,11 +174,48 @@ class EvaluateConfig(Section):
     )
 
 
+class ControlsConfig(Section):
+    """What keeps self-play from collapsing; docs/controls.md has the evidence."""
+
+    displacement: float | None = _doc(
+        0.05,
+        "How far held-out log p(gold) may fall below the round's start, in nats per token, beyond what a hot opponent "
+        "aims at; null is off.",
+        ge=0,
+    )
+    trust_region: float | None = _doc(
+        0.3,
+        "How large KL(start ‖ learner) on held-out answers of the start may become, in nats per token, beyond what a "
+        "hot opponent aims at; null is off.",
+        gt=0,
+    )
+    prompts: int = _doc(64, "Held-out prompts on which both are measured.", gt=1)
+    checks: int = _doc(20, "Measurements per round, evenly spaced; one costs a forward pass.", gt=0)
+    backoff: float = _doc(
+        0.3, "When a limit is crossed, go back to the last good step and on with this share of the rate.", gt=0, lt=1
+    )
+    backoffs: int = _doc(3, "How often, before the round ends at its last good step. 0: at once.", ge=0)
+    patience: int | None = _doc(
+        2, "Rounds in a row without a new best player after which self-play stops; null never stops.", gt=0
+    )
+
+    @property
+    def guards(self) -> bool:
+        """Whether rounds are watched."""
+        return self.displacement is not None or self.trust_region is not None
+
+    def guard_identity(self) -> Tree:
+        """What a round's training depends on."""
+        return {name: value for name, value in self.identity().items() if name not in ("patience", "prompts")}
+
+
 class Round(Section):
     """One round, every per-round list resolved."""
 
     method: str
     hyper: Tree
+    roles: dict[str, str] = {}
+    """Role to `previous`, `initial`, `best` or a model's path, where the recipe overrides the method's choice."""
     limit: int | None = Field(None, gt=0)
     """Use the first so many training examples only."""
     play: PlayConfig
@@ -176,6 +232,7 @@ class Config(Section):
     play: PlayConfig = PlayConfig()
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    controls: ControlsConfig = ControlsConfig()
     rounds: tuple[Round, ...] = ()
     keep_states: bool = _doc(False, "Keep the optimizer state of finished rounds.", execution=True)
 
@@ -192,6 +249,7 @@ SECTIONS: dict[str, type[Section]] = {
     "play": PlayConfig,
     "train": TrainConfig,
     "evaluate": EvaluateConfig,
+    "controls": ControlsConfig,
 }
 
 

@@ -25,7 +25,8 @@ S = TypeVar("S", bound=Section)
 Signature = Callable[[str], inspect.Signature]
 
 DEFAULT_ROUNDS: list[Tree] = [{"method": "spin", "repeat": 3}]
-_ROUND_KEYS = ("method", "repeat", "limit", "play", "train")
+ROLES = ("opponent", "reference", "base", "start")
+_ROUND_KEYS = ("method", "repeat", "limit", "play", "train", *ROLES)
 _PER_ROUND: dict[str, type[Section]] = {"play": PlayConfig, "train": TrainConfig}
 
 
@@ -164,8 +165,14 @@ def _round(
     hyper = _pick(given, k, repeat, ("rounds", i), source, keep=lists)
     hyper = {key: _hyper(value, parameters[key], ("rounds", i, key), source) for key, value in hyper.items()}
     defaults = {n: p.default for n, p in parameters.items() if p.default is not inspect.Parameter.empty}
-    values = {"method": entry["method"], "hyper": defaults | hyper, "limit": entry.get("limit"), **sections}
+    roles = {role: who for role, who in _pick(_part(entry, ROLES), k, repeat, ("rounds", i), source).items() if who}
+    limit = entry.get("limit")
+    values = {"method": entry["method"], "hyper": defaults | hyper, "roles": roles, "limit": limit, **sections}
     return _checked(Round, values, ("rounds", i), source)
+
+
+def _part(entry: Tree, names: Iterable[str]) -> Tree:
+    return {name: entry[name] for name in names if name in entry}
 
 
 def recipe_with_defaults(tree: Tree) -> Tree:
@@ -223,7 +230,7 @@ def _hyper(value: Any, parameter: inspect.Parameter, keys: Keys, source: Source)
     wanted = (
         parameter.annotation if isinstance(parameter.annotation, str) else getattr(parameter.annotation, "__name__", "")
     )
-    if value is None and parameter.default is None:
+    if value is None and (parameter.default is None or "None" in wanted):
         return value
     kind = wanted.split(" |")[0]
     if kind == "float":

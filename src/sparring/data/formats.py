@@ -28,8 +28,15 @@ FORMATS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "alpaca": {"prompt": ("instruction",), "completion": ("output", "response")},
     "sharegpt": {"messages": ("conversations",)},
     "spin": {"messages": ("real",)},
+    "preference": {
+        "prompt": ("prompt", "question", "instruction"),
+        "completion": ("chosen",),
+        "generated": ("rejected",),
+    },
 }
 """Format to the columns it needs, ours to the names people use; `system` and `generated` may stand beside any."""
+
+_OPTIONAL = {("preference", "prompt")}
 
 _KEYS = ("prompt", "completion", "system", "messages", "generated")
 _ROLES = {"human": "user", "gpt": "assistant"}
@@ -41,7 +48,7 @@ _WAY_OUT = "name yours with data.columns.prompt=… and data.columns.completion=
 
 @dataclass(frozen=True)
 class Layout:
-    """Which column of a row is which: either `messages`, or `prompt` and `completion`."""
+    """Which column of a row is which: either `messages`, or `prompt` and `completion`; a preference may lack `prompt`."""
 
     messages: str | None
     prompt: str | None
@@ -50,6 +57,8 @@ class Layout:
     """Alpaca's second half of the prompt."""
     system: str
     generated: str
+    preference: bool
+    """Whether the row is a pair: `completion` was chosen, `generated` rejected."""
 
 
 def check_columns(config: DataConfig) -> None:
@@ -71,17 +80,18 @@ def parse(row: Mapping[str, Any] | BadRow, where: str, config: DataConfig) -> Ex
     if isinstance(row, BadRow):
         raise row
     columns = layout(frozenset(row), config.format, tuple(sorted(config.columns.items())))
-    turns = _turns(row, columns)
+    turns = _chosen(row, columns) if columns.preference else _turns(row, columns)
     gold = turns.pop()
-    answer = None if config.gold_only else _generated(row.get(columns.generated), columns.generated, turns)
+    answer = None if config.gold_only else (_rejected if columns.preference else _generated)(row, columns, turns)
     turns = _with_system(row.get(columns.system), columns.system, turns)
     used = {*vars(columns).values()}
     try:
         meta = {_text(key, "a column's name"): _plain(value, key) for key, value in row.items() if key not in used}
     except RecursionError:
         raise BadRow("a column is nested too deeply") from None
-    identity = prompt_identity(turns)
-    return Example(content_id([identity, gold.content]), tuple(turns), gold.content, answer, meta, where)
+    # Two pairs may differ in what was rejected alone, and are no duplicates
+    pair = [gold.content, answer] if columns.preference and answer is not None else [gold.content]
+    return Example(content_id([prompt_identity(turns), *pair]), tuple(turns), gold.content, answer, meta, where)
 
 
 def prompt_identity(messages: Sequence[Message]) -> list[tuple[str, str]]:
@@ -99,7 +109,10 @@ def _candidates(form: str, names: Mapping[str, str]) -> tuple[str, ...]:
         return (form,)
     if "messages" in names:
         return ("messages",)
-    return ("prompt_completion",) if {"prompt", "completion"} <= names.keys() else tuple(FORMATS)
+    if {"prompt", "completion"} <= names.keys():
+        return ("prompt_completion",)
+    # With a `completion` or `generated` of its own, a row may have `chosen` and `rejected` for another reason
+    return tuple(name for name in FORMATS if name != "preference" or not {"completion", "generated"} & names.keys())
 
 
 @lru_cache(maxsize=256)
@@ -112,7 +125,11 @@ def layout(columns: frozenset[str], form: str, mapped: tuple[tuple[str, str], ..
     }
     found: dict[Layout, str] = {}
     for name, wanted in formats.items():
-        for choice in itertools.product(*([c for c in usual if c in columns] for usual in wanted.values())):
+        present: dict[str, list[str | None]] = {
+            key: [c for c in usual if c in columns] for key, usual in wanted.items()
+        }
+        missing = {key: [None] for key, there in present.items() if not there and (name, key) in _OPTIONAL}
+        for choice in itertools.product(*(present | missing).values()):
             part = dict(zip(wanted, choice, strict=True))
             fit = Layout(
                 messages=part.get("messages"),
@@ -120,9 +137,12 @@ def layout(columns: frozenset[str], form: str, mapped: tuple[tuple[str, str], ..
                 completion=part.get("completion"),
                 input="input" if name == "alpaca" and "input" in columns else None,
                 system=names.get("system", "system"),
-                generated=names.get("generated", "generated"),
+                generated=part.get("generated") or names.get("generated", "generated"),
+                preference=name == "preference",
             )
-            found[fit] = f"{name}: {' + '.join(map(show, choice))}"
+            found[fit] = f"{name}: {' + '.join(show(column) for column in choice if column is not None)}"
+    if any(fit.preference for fit in found):  # UltraFeedback repeats the chosen conversation in `messages`
+        found = {fit: what for fit, what in found.items() if fit.messages is None}
     if len(found) > 1:
         raise BadRow(f"several formats or columns fit ({'; '.join(found.values())}): set data.format, or {_WAY_OUT}")
     if not found:
@@ -141,7 +161,10 @@ def _no_format(columns: frozenset[str], formats: Mapping[str, Mapping[str, tuple
         if (near := difflib.get_close_matches(theirs.lower(), known, 1))
     ]
     shown = ", ".join(map(show, sorted(columns)[:12])) + (", …" if len(columns) > 12 else "")
-    needs = (f"{name} ({' + '.join('|'.join(usual) for usual in wanted.values())})" for name, wanted in formats.items())
+    needs = (
+        f"{name} ({' + '.join('|'.join(usual) for key, usual in wanted.items() if (name, key) not in _OPTIONAL)})"
+        for name, wanted in formats.items()
+    )
     parts = [
         f"no answer column beside {show(prompts[0])}: found {shown}" if prompts else f"no known format: found {shown}",
         *([f"the nearest known are {', '.join(near_ones)}"] if near_ones else []),
@@ -160,12 +183,60 @@ def _turns(row: Mapping[str, Any], columns: Layout) -> list[Message]:
         assert columns.prompt is not None and columns.completion is not None
         column = columns.completion
         turns = _side(_prompt(row, columns), columns.prompt, "user") + _side(row[column], column, "assistant")
-    turns = turns[: _last_assistant(turns, column) + 1]
+    return _full(turns[: _last_assistant(turns, column) + 1], columns.prompt or column, column)
+
+
+def _full(turns: list[Message], prompt: str, column: str) -> list[Message]:
+    """The turns, if there is text in the last of them and in some of those before."""
     if not turns[-1].content.strip():
         raise BadRow(f"no answer: the last assistant turn of {show(column)} is empty")
     if not any(turn.content.strip() for turn in turns[:-1] if turn.role != "system"):
-        raise BadRow(f"empty prompt: nothing is said in {show(columns.prompt or column)} before the answer")
+        raise BadRow(f"empty prompt: nothing is said in {show(prompt)} before the answer")
     return turns
+
+
+def _chosen(row: Mapping[str, Any], columns: Layout) -> list[Message]:
+    """The prompt of a preference and, last, its chosen answer."""
+    assert columns.completion is not None
+    column = columns.completion
+    turns = _answered(row[column], column)
+    given = None if columns.prompt is None else row[columns.prompt]
+    if _absent(given):
+        if len(turns) == 1:
+            raise BadRow(
+                f"empty prompt: {show(columns.prompt or 'prompt')} is empty, and {show(column)} is an answer alone"
+            )
+        return _full(turns, column, column)
+    assert columns.prompt is not None
+    prompt = _side(given, columns.prompt, "user")
+    if len(turns) > 1 and not _told_in(prompt, turns[:-1]):
+        raise BadRow(f"{show(column)} answers another prompt than {show(columns.prompt)}; keep one of them")
+    return _full(turns if len(turns) > 1 else [*prompt, *turns], columns.prompt, column)
+
+
+def _rejected(row: Mapping[str, Any], columns: Layout, prompt: Sequence[Message]) -> str:
+    """A preference's rejected answer, which may come with its prompt as the chosen one may."""
+    column = columns.generated
+    turns = _answered(row[column], column)
+    if len(turns) > 1 and turns[:-1] != list(prompt):
+        raise BadRow(f"{show(column)} answers another prompt than {show(columns.completion or '')}; drop the row")
+    if not turns[-1].content.strip():
+        raise BadRow(f"no answer: the last assistant turn of {show(column)} is empty")
+    return turns[-1].content
+
+
+def _answered(value: Any, column: str) -> list[Message]:
+    """One side of a preference: an answer, or a conversation that ends in one."""
+    turns = _side(value, column, "assistant")
+    if turns[-1].role != "assistant":
+        raise BadRow(f"no answer: the last turn of {show(column)} is by {show(turns[-1].role)}, not the assistant")
+    return turns
+
+
+def _told_in(prompt: Sequence[Message], turns: Sequence[Message]) -> bool:
+    """Whether a prompt is part of a conversation, which may add a system turn or later ones."""
+    wanted, told = ([(turn.role, turn.content.strip()) for turn in side] for side in (prompt, turns))
+    return any(told[i : i + len(wanted)] == wanted for i in range(len(told)))
 
 
 def _last_assistant(turns: Sequence[Message], column: str) -> int:
@@ -220,8 +291,10 @@ def _turn(turn: Any, what: str) -> Message:
     return Message(_ROLES.get(role, role), _text(turn[text_key], f"`{text_key}` in {what}"))
 
 
-def _generated(value: Any, column: str, prompt: Sequence[Message]) -> str | None:
+def _generated(row: Mapping[str, Any], columns: Layout, prompt: Sequence[Message]) -> str | None:
     """The answer that came with the row; SPIN writes it as a conversation with the same prompt."""
+    column = columns.generated
+    value = row.get(column)
     if _absent(value):
         return None
     if not isinstance(value, list):

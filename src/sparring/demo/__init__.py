@@ -117,8 +117,7 @@ def continue_sft(view: RunView, lr: float) -> RunView:
     """The control "same compute, more SFT": as many gradient steps as all rounds of self-play took, from player 0."""
     from sparring import api
 
-    # The last row tells, since there need not be one for every step (`train.log_every`)
-    steps = sum(int(r.log[-1]["step"]) for r in view.rounds if r.t >= 0)
+    steps = max(1, sum(int(r.counts.get("player", {}).get("steps", 0)) for r in view.rounds if r.t >= 0))
     tree = recipe(view.path, view.config.seed)
     tree["run"] = str(view.path / f"control_{lr:g}")
     tree["model"] = tree["model"] | {"path": view.players[0].path}

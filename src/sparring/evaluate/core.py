@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sparring.errors import InputError
+from sparring.judge.verify import verdict
 from sparring.types import Example, Player, Rendered, Verifier
 
 if TYPE_CHECKING:
@@ -161,20 +161,7 @@ def evaluate(
     for kind, temperature, indices in (("greedy", 0.0, 1), ("sampled", settings.temperature, settings.samples)):
         for row, index, answer in answers(temperature, indices):
             text = renderer.decode(answer.tokens)
-            right = _verdict(verifier, by_id[row.example_id], text)
+            right = verdict(verifier, by_id[row.example_id], text)
             items.append(Item(row.example_id, kind, index, text, answer.tokens, answer.finish, right, answer.logps))
     summary = summarise(items, prompts=len(rows), gold_cut=len(rows) - len(whole), verified=verifier is not None)
     return Evaluation(summary, items)
-
-
-def _verdict(verifier: Verifier | None, example: Example, text: str) -> bool | None:
-    if verifier is None:
-        return None
-    try:
-        verdict = verifier(example, text)
-    except Exception as error:
-        where = example.source or example.id
-        raise InputError(
-            f"verifier: {type(error).__name__}: {error} ({where}): it must give true, false or None for any answer"
-        ) from error
-    return None if verdict is None else bool(verdict)

@@ -7,7 +7,8 @@ from decimal import Decimal
 from typing import cast
 
 from sparring import plugins
-from sparring.errors import InputError
+from sparring.errors import InputError, SparringError
+from sparring.judge.sql import sql, sql_ordered
 from sparring.nearest import nearest
 from sparring.types import Example, Verifier
 
@@ -18,6 +19,13 @@ _NUMBER = re.compile(
     r"[\s*$€£]*+(?P<sign>[-−+]?)[\s$€£]*+"
     r"(?P<digits>[0-9][0-9,]*+(?:\.[0-9]++)?+|\.[0-9]++)"
     r"(?!\s*[-−+/*^=×÷]\s*[0-9$(]|[eE][-+]?[0-9])"
+)
+_DIGITS = r"(?:[0-9]{1,3}+(?:,[0-9]{3}){1,12}+(?![0-9])|[0-9]++)(?:\.[0-9]++)?+|\.[0-9]++"
+_SIGN = r"[-−+]?+[$€£]?+[-−+]?+"
+_SIGNED = re.compile(rf"(?P<sign>{_SIGN})(?P<digits>{_DIGITS})")
+_CALCULATION = re.compile(
+    # A number with what it is calculated with. A hyphen after a word is no sign, nor are digits in a word a number.
+    rf"(?:(?<![\w.)]){_SIGN})?(?<![\w.])(?:{_DIGITS})(?:(?:\s*+[-−+*/^×÷]\s*+|[eE]){_SIGN}(?:{_DIGITS}))*+"
 )
 
 
@@ -42,7 +50,27 @@ def final_number(text: str) -> Decimal | None:
     return value.copy_negate() if found["sign"] in ("-", "−") else value
 
 
-BUILT_IN: dict[str, Verifier] = {"gsm8k": gsm8k}
+def number(example: Example, answer: str) -> bool | None:
+    """Whether the last number of the answer's text equals the gold answer's; None where the gold has none.
+
+    Of a text with `####` only what follows the last of them counts. Commas between thousands, currency signs and
+    trailing zeros do not matter. What ends in a sum, a fraction or a power of ten has no number: 14/5 is not 5.
+    """
+    gold = last_number(example.gold or "")
+    return None if gold is None else last_number(answer) == gold
+
+
+def last_number(text: str) -> Decimal | None:
+    """The last number of a text, exact; None where there is none, or where it is part of a calculation."""
+    calculations = [match[0] for match in _CALCULATION.finditer(text.rpartition("####")[2])]
+    found = _SIGNED.fullmatch(calculations[-1]) if calculations else None
+    if found is None:
+        return None
+    value = Decimal(found["digits"].replace(",", ""))
+    return value.copy_negate() if re.search("[-−]", found["sign"]) else value
+
+
+BUILT_IN: dict[str, Verifier] = {"gsm8k": gsm8k, "number": number, "sql": sql, "sql_ordered": sql_ordered}
 
 
 def load_verifier(name: str) -> Verifier:
@@ -63,3 +91,19 @@ def load_verifier(name: str) -> Verifier:
             f"verifier `{name}`: not a function; it must take (example, answer) and give true, false or None"
         )
     return cast(Verifier, found)
+
+
+def verdict(verifier: Verifier | None, example: Example, text: str) -> bool | None:
+    """The verifier's word on an answer. Raises InputError, naming the example, where the verifier itself fails."""
+    if verifier is None:
+        return None
+    try:
+        verdict = verifier(example, text)
+    except SparringError:
+        raise
+    except Exception as error:
+        where = example.source or example.id
+        raise InputError(
+            f"verifier: {type(error).__name__}: {error} ({where}): it must give true, false or None for any answer"
+        ) from error
+    return None if verdict is None else bool(verdict)

@@ -60,6 +60,11 @@ def make(name: str, hyper: Mapping[str, object]) -> Method:
     return made
 
 
+def previous(t: int) -> Mapping[str, int]:
+    """The roles of SPIN and of most of its relatives: the last player answers, is the reference, and is trained on."""
+    return {"opponent": t, "reference": t, "start": t}
+
+
 def choice(what: str, value: str, table: Mapping[str, T]) -> T:
     """The entry of a table that a text hyper-parameter names. Raises ValueError that lists the table."""
     if value not in table:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from torch import Tensor
 
 from sparring.methods import choice
 from sparring.pair import gold_alone
-from sparring.types import Batch, LogProbs, Method, Paired, Rendered, Sample
+from sparring.types import Batch, LogProbs, Method, Paired, Played
 
 
 def method(*, weigh: str = "token") -> Method:
@@ -22,8 +22,8 @@ def method(*, weigh: str = "token") -> Method:
     def roles(t: int) -> Mapping[str, int]:
         return {"start": t}
 
-    def groups(rows: Sequence[Rendered], samples: Sequence[Sample], t: int) -> Paired:
-        return gold_alone(rows, t, by_token=by_token)
+    def groups(played: Played) -> Paired:
+        return gold_alone(played.rows, played.t, by_token=by_token)
 
     def objective(policy: LogProbs, batch: Batch) -> Tensor:
         return -policy.sum_BG[:, 0] / batch.mask_BGT[:, 0].sum(-1)
@@ -38,6 +38,7 @@ def method(*, weigh: str = "token") -> Method:
         groups=groups,
         loss=objective,
         metrics=metrics,
-        plays=None,
+        plays=(),
         frozen=(),
+        guarded=False,
     )

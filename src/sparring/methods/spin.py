@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from functools import partial
 
 from torch import Tensor
 
 from sparring.losses import CONVEX, margin, pair_columns, pair_metrics
-from sparring.methods import choice
+from sparring.methods import choice, previous
 from sparring.pair import gold_against_samples
-from sparring.types import Batch, LogProbs, Method, Paired, Rendered, Sample
+from sparring.types import Batch, LogProbs, Method, Paired, Played
 
 
 def method(
@@ -37,11 +36,8 @@ def method(
     convex = choice("loss", loss, CONVEX)
     choice("duplicates", duplicates, {"weight": 0, "drop": 0})
 
-    def roles(t: int) -> Mapping[str, int]:
-        return {"opponent": t, "reference": t, "start": t}
-
-    def groups(rows: Sequence[Rendered], samples: Sequence[Sample], t: int) -> Paired:
-        return gold_against_samples(rows, samples, t, duplicates=duplicates)
+    def groups(played: Played) -> Paired:
+        return gold_against_samples(played.rows, played.samples, played.t, duplicates=duplicates)
 
     def objective(policy: LogProbs, batch: Batch) -> Tensor:
         gold, sample = pair_columns(policy.sum_BG, batch.targets_BG)
@@ -51,7 +47,7 @@ def method(
     return Method(
         name="spin",
         paper="Chen et al. 2024, arXiv 2401.01335, Eq. 4.7 and Algorithm 1",
-        roles=roles,
+        roles=previous,
         groups=groups,
         loss=objective,
         metrics=partial(pair_metrics, beta=beta),

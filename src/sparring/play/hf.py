@@ -42,15 +42,31 @@ class Answer:
     finish: Finish
 
 
+@dataclass(frozen=True)
+class Mixture:
+    """A second model whose logits are mixed into the player's."""
+
+    model: Any
+    share: float
+    """Tokens come from softmax((1 − share) · logits + share · the second model's)."""
+
+
 def key(seed: int, round: int, example_id: str, index: int) -> int:
     """64-bit key of one answer's randomness: any change of a part gives an unrelated key."""
     digest = hashlib.blake2b(repr((seed, round, example_id, index)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big")
 
 
-def settings_id(settings: PlayConfig) -> str:
+def settings_id(settings: PlayConfig, share: float = 0.0) -> str:
     """Short hash of how tokens are drawn; equal for settings that draw the same tokens from the same keys."""
-    parts = (float(settings.temperature), float(settings.top_p), settings.top_k, settings.max_new_tokens)
+    parts: tuple[float, ...] = (
+        float(settings.temperature),
+        float(settings.top_p),
+        settings.top_k,
+        settings.max_new_tokens,
+    )
+    if share:
+        parts += (share,)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
 
 
@@ -202,9 +218,10 @@ def _begin(model: Any, prompts: Prompts, room: int) -> tuple[_Cached | _Recomput
 
 def _decode(
     model: Any, prompts: Prompts, keys: Sequence[int], stop_ids: Sequence[int], length: int,
-    rule: dict[str, Any],
+    rule: dict[str, Any], mixture: Mixture | None,
 ) -> list[Answer]:  # fmt: skip
     engine, logits = _begin(model, prompts, length)
+    beside, others = (None, logits) if mixture is None else _begin(mixture.model, prompts, length)
     u = torch.from_numpy(uniforms(keys, length).T.copy()).to(logits.device)
     stops = torch.tensor(list(stop_ids), dtype=torch.long, device=logits.device)
     tokens = torch.zeros((length, len(prompts)), dtype=torch.long, device=logits.device)
@@ -212,17 +229,21 @@ def _decode(
     rows = torch.arange(len(prompts), device=logits.device)
     done = torch.zeros(len(prompts), dtype=torch.bool, device=logits.device)
     for position in range(length):
-        token, logp = draw(logits, u[position, rows], **rule)
+        mixed = logits if mixture is None else torch.lerp(logits, others, mixture.share)
+        token, logp = draw(mixed, u[position, rows], **rule)
+        if mixture is not None:  # the player's own log-prob, however the token came about
+            logp = logits.log_softmax(-1).gather(-1, token[:, None]).squeeze(-1)
         tokens[position, rows], logps[position, rows] = token, logp
         done |= torch.isin(token, stops)
         finished = int(done.sum())
         if finished == len(done) or position + 1 == length:
             break
-        if 2 * finished >= len(done):
+        if 2 * finished >= len(done) and beside is None:
             left = torch.nonzero(~done).squeeze(-1)
             if engine.select(left):
                 rows, token, done = rows[left], token[left], done[left]
         logits = engine.step(token)
+        others = logits if beside is None else beside.step(token)
     return _answers(tokens.T.cpu().numpy(), logps.T.cpu().numpy(), stop_ids)
 
 
@@ -242,7 +263,7 @@ def _answers(tokens: np.ndarray[Any, Any], logps: np.ndarray[Any, Any], stop_ids
 def sample(
     model: Any, prompts: Prompts, keys: Sequence[int], *, temperature: float, top_p: float = 1.0,
     top_k: int = 0, max_new_tokens: int, stop_ids: Sequence[int], batch_size: int,
-    compute: torch.dtype | None = None,
+    compute: torch.dtype | None = None, mixture: Mixture | None = None,
 ) -> list[Answer]:  # fmt: skip
     """One answer per prompt, in the order given; repeat a prompt with another key for more.
 
@@ -268,7 +289,7 @@ def sample(
                 # A context per batch: autocast keeps the casts of weights for as long as it lives.
                 with torch.autocast(model.device.type, dtype=compute, enabled=compute in _HALF):
                     chosen = [prompts[i] for i in batch], [keys[i] for i in batch]
-                    decoded = _decode(model, *chosen, stop_ids, max_new_tokens, rule)
+                    decoded = _decode(model, *chosen, stop_ids, max_new_tokens, rule, mixture)
                 answers.update(zip(batch, decoded, strict=True))
     finally:
         model.train(was_training)
@@ -277,10 +298,15 @@ def sample(
 
 def play(
     model: Any, rows: Sequence[Rendered], player: Player, settings: PlayConfig, renderer: Renderer, *, seed: int,
-    round: int, compute: torch.dtype | None = None,
+    round: int, role: str = "opponent", indices: Sequence[int] | None = None, mixture: Mixture | None = None,
+    compute: torch.dtype | None = None,
 ) -> list[Sample]:  # fmt: skip
-    """`settings.samples` answers of `player`, whose weights `model` holds, to every row, grouped by row in order."""
-    wanted = [(row, index) for row in rows for index in range(settings.samples)]
+    """Answers of `player`, whose weights `model` holds, to every row, grouped by row in order.
+
+    `indices` number a prompt's answers and seed them; 0 … `settings.samples` − 1 where they are not given.
+    """
+    numbers = range(settings.samples) if indices is None else indices
+    wanted = [(row, index) for row in rows for index in numbers]
     answers = sample(
         model,
         [row.prompt for row, _ in wanted],
@@ -292,9 +318,22 @@ def play(
         stop_ids=renderer.stop_ids,
         batch_size=settings.batch_size,
         compute=compute,
+        mixture=mixture,
     )
-    how = settings_id(settings)
+    how = settings_id(settings, mixture.share if mixture else 0.0)
     return [
-        Sample(row.example_id, player.sha, index, seed, a.tokens, renderer.decode(a.tokens), a.finish, a.logps, how)
+        Sample(
+            row.example_id,
+            player.sha,
+            index,
+            seed,
+            a.tokens,
+            renderer.decode(a.tokens),
+            a.finish,
+            a.logps,
+            how,
+            round,
+            role,
+        )
         for (row, index), a in zip(wanted, answers, strict=True)
     ]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from sparring.config import DataConfig
 from sparring.errors import InputError
 from sparring.prompts.control import unicode_text
-from sparring.types import Example, Rendered
+from sparring.types import Example, Message, Rendered
 
 if TYPE_CHECKING:
     from sparring.prompts import Renderer
@@ -30,9 +30,10 @@ class Rendering:
 
 
 def render(
-    examples: Sequence[Example], renderer: Renderer, data: DataConfig, *, context: int, max_new_tokens: int
-) -> Rendering:
-    """Token ids of every example; `context` and `max_new_tokens` are in tokens.
+    examples: Sequence[Example], renderer: Renderer, data: DataConfig, *, context: int, max_new_tokens: int,
+    template: str | None = None,
+) -> Rendering:  # fmt: skip
+    """Token ids of every example; `context` and `max_new_tokens` are in tokens. `template` makes `Rendered.retold`.
 
     A prompt may fill `data.max_prompt_tokens`, and no more than the context leaves beside `max_new_tokens`. An answer may fill
     `data.max_answer_tokens` and what the context leaves behind its prompt, the end token counted; a longer one is cut
@@ -49,7 +50,7 @@ def render(
     counts = Counter({"prompts": len(examples)} | dict.fromkeys(kinds, 0))
     rows: list[Rendered] = []
     for start in range(0, len(examples), _CHUNK):
-        rows += _rows(examples[start : start + _CHUNK], renderer, data, context, limit, counts)
+        rows += _rows(examples[start : start + _CHUNK], renderer, data, context, limit, counts, template)
     if not rows and counts["template_refused"] == len(examples) > 0:
         _text(examples[0], renderer)
     if not rows:
@@ -61,8 +62,9 @@ def render(
 
 
 def _rows(
-    examples: Sequence[Example], renderer: Renderer, data: DataConfig, context: int, limit: int, counts: Counter[str]
-) -> Iterator[Rendered]:
+    examples: Sequence[Example], renderer: Renderer, data: DataConfig, context: int, limit: int, counts: Counter[str],
+    template: str | None,
+) -> Iterator[Rendered]:  # fmt: skip
     examples, texts = _texts(examples, renderer, data, counts)
     prompts = renderer.encode_prompts(texts)
     golds = _answers([example.gold for example in examples], texts, prompts, renderer)
@@ -97,7 +99,14 @@ def _rows(
             generated=None if generated is None else _ended(generated, room, renderer.end_id),
             generated_text=example.generated,
             cut=tuple(cut),
+            retold=None if template is None else tuple(renderer.prompt(_retold(example, template))[-limit:]),
         )
+
+
+def _retold(example: Example, template: str) -> list[Message]:
+    """The conversation with its last turn inside the template."""
+    *before, last = example.messages
+    return [*before, Message(last.role, template.replace("{question}", last.content))]
 
 
 def _ended(answer: list[int], room: int, end_id: int) -> tuple[int, ...]:

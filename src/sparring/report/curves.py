@@ -83,20 +83,23 @@ def by_round(run: RunView) -> list[Chart]:
 
 
 def by_step(run: RunView) -> list[Chart]:
-    """Loss, gradient norm and learning rate over the steps of all rounds, thinned to means of equal stretches."""
+    """Loss, gradient norm, rate and what the guard saw over the steps of all rounds, as means of equal stretches."""
     breaks, first = [], 0.0
-    columns: dict[str, list[tuple[float, float, float]]] = {"loss": [], "grad_norm": [], "lr": []}
+    titles = {
+        "loss": ("Loss", "the method's own"),
+        "grad_norm": ("Gradient norm", "before clipping"),
+        "lr": ("Learning rate", ""),
+        "misaligned": ("Misaligned", "share of groups whose sample is likelier than gold"),
+        "held_displacement": ("Held-out log p(gold)", "nats per token, against the round's start"),
+        "held_kl": ("Held-out KL", "KL(start ‖ learner), nats per token"),
+    }
+    columns: dict[str, list[tuple[float, float, float]]] = {name: [] for name in titles}
     for turn in run.rounds:
         for name, points in columns.items():
             points += [(first + step, value, 0.0) for step, value in _thinned(turn.log, name)]
             points.append((math.nan, math.nan, 0.0))
         first += max((row["step"] for row in turn.log), default=0)
         breaks.append(first)
-    titles = {
-        "loss": ("Loss", "the method's own"),
-        "grad_norm": ("Gradient norm", "before clipping"),
-        "lr": ("Learning rate", ""),
-    }
     return [
         Chart(*titles[name], "step", (Line(titles[name][0].lower(), tuple(points)),), tuple(breaks[:-1]))
         for name, points in columns.items()

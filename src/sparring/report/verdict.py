@@ -73,15 +73,15 @@ def _gain(run: RunView, known: Mapping[int, Mapping[str, Any]], best: int, key: 
     if best == 0 or not known.get(0, {}).get(key):
         return None
     start, end = known[0][key], known[best][key]
-    paired = _paired(_by_example(run, 0, key), _by_example(run, best, key))
-    if paired and math.isclose(paired.mean, end["mean"] - start["mean"], abs_tol=1e-6):
-        return paired
+    matched = paired(by_example(run, 0, key), by_example(run, best, key))
+    if matched and math.isclose(matched.mean, end["mean"] - start["mean"], abs_tol=1e-6):
+        return matched
     if start.get("se") is None or end.get("se") is None:
         return None
     return Gain(end["mean"] - start["mean"], math.hypot(start["se"], end["se"]), "unpaired")
 
 
-def _by_example(run: RunView, player: int, key: str) -> dict[str, float]:
+def by_example(run: RunView, player: int, key: str) -> dict[str, float]:
     """Example id to the player's mean figure on it."""
     values: dict[str, list[float]] = {}
     for item in run.items(player):
@@ -92,7 +92,8 @@ def _by_example(run: RunView, player: int, key: str) -> dict[str, float]:
     return {name: fmean(found) for name, found in values.items()}
 
 
-def _paired(start: Mapping[str, float], end: Mapping[str, float]) -> Gain | None:
+def paired(start: Mapping[str, float], end: Mapping[str, float]) -> Gain | None:
+    """The mean difference over prompts with its standard error; None unless both have the same prompts, two at least."""
     if len(start) < 2 or start.keys() != end.keys():
         return None
     gains = [end[name] - start[name] for name in start]
@@ -136,7 +137,11 @@ def _chosen(run: RunView, summary: Mapping[str, Any]) -> str:
     if rule == "auto":
         rule = "sampled" if summary.get("sampled") else "last"
     named = {"sampled": "sampled accuracy", "greedy": "greedy accuracy", "gold_nll": "gold_nll", "last": ""}[rule]
-    return f"The best player was chosen by held-out {named}." if named else "The last player counts as the best."
+    return (
+        f"The best player was chosen by held-out {named}."
+        if named
+        else "The last player that no guard stopped counts as the best."
+    )
 
 
 def _signed(value: float, digits: int) -> str:

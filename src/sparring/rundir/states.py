@@ -38,7 +38,7 @@ class TrainStates:
         if file.exists():
             tensors = load_file(str(file))
             state = int(tensors.pop("step").item()), tensors
-        self._keep_lines(state[0] if state else 0)
+        self._keep_lines(state[0] if state else 0, int(state[1]["backoffs"]) if state else 0)
         return state
 
     def save(self, step: int, tensors: dict[str, Tensor]) -> None:
@@ -69,14 +69,15 @@ class TrainStates:
         """Delete the saved state of a training that is done; the log stays."""
         shutil.rmtree(self.folder / "state", ignore_errors=True)
 
-    def _keep_lines(self, step: int) -> None:
+    def _keep_lines(self, step: int, backoffs: int) -> None:
         if self._log.exists():
-            rows = read_log(self._log)
-            write_text(self._log, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
+            rows = [r for r in read_log(self._log) if r["step"] <= step and r.get("backoff", 0) <= backoffs]
+            write_text(self._log, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def read_log(path: Path) -> list[dict[str, float]]:
-    """The rows of a training log; a last line cut by a kill is left out."""
+    """The rows of a training log, one per step and one (with `backoff`) wherever a guard went back; a last line cut by a
+    kill is left out."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:

@@ -8,11 +8,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from sparring import methods
+from sparring import controls, methods
 from sparring.config import Config
 from sparring.config.recipe import load, read_recipe
 from sparring.errors import InputError
-from sparring.plan import FORMAT, first_round, round_folder
+from sparring.plan import FORMAT, candidates, first_round, round_folder
 from sparring.rundir import best_target
 from sparring.rundir.states import read_log
 from sparring.rundir.store import Rows, read_json
@@ -22,14 +22,16 @@ if TYPE_CHECKING:
     from sparring.evaluate import Item
 
 T = TypeVar("T")
-STAGES = ("samples", "groups", "frozen", "player", "eval")
+STAGES = ("samples", "scores", "groups", "frozen", "held", "player", "eval")
 
 
 class RoundView:
     """One round of a run on disk."""
 
-    def __init__(self, path: Path, t: int, method: str, hyper: dict[str, Any]) -> None:
+    def __init__(self, path: Path, t: int, method: str, hyper: dict[str, Any], plays: bool = True) -> None:
         self.path, self.t, self.method, self.hyper = path, t, method, hyper
+        self.plays = plays
+        """Whether anybody plays in it."""
 
     @property
     def stages(self) -> dict[str, str]:
@@ -45,6 +47,15 @@ class RoundView:
     @property
     def log(self) -> list[dict[str, float]]:
         """Training log: one row per step."""
+        return [row for row in self._log if "backoff" not in row]
+
+    @property
+    def alarms(self) -> list[dict[str, float]]:
+        """Where a guard went back: the step it went back to, the one it came from, and what it had measured."""
+        return [row for row in self._log if "backoff" in row]
+
+    @property
+    def _log(self) -> list[dict[str, float]]:
         file = self.path / "train" / "log.jsonl"
         return read_log(file) if file.exists() else []
 
@@ -91,7 +102,7 @@ class RunView:
         made = [methods.make(r.method, r.hyper) for r in self.config.rounds]
         first = first_round(made)
         return [
-            RoundView(self.path / round_folder(first + i, first), first + i, made[i].name, r.hyper)
+            RoundView(self.path / round_folder(first + i, first), first + i, made[i].name, r.hyper, bool(made[i].plays))
             for i, r in enumerate(self.config.rounds)
         ]
 
@@ -112,6 +123,45 @@ class RunView:
     def made_by(self, number: int) -> str:
         """The method that made a player; `given` for the one the run was given."""
         return next((r.method for r in self.rounds if r.t + 1 == number), "given")
+
+    def evaluations(self, upto: int | None = None) -> dict[int, dict[str, Any] | None]:
+        """The summaries of self-play's players, among which the best is chosen; those up to `upto` only, if given."""
+        return {n: self.evaluation(n) for n in candidates(self.players) if upto is None or n <= upto}
+
+    @property
+    def ended(self) -> dict[int, bool]:
+        """Whether a guard ended the training of a player early."""
+        records = {r.t + 1: r.counts.get("player", {}) for r in self.rounds}
+        return {n: bool(counts.get("ended_early")) for n, counts in records.items()}
+
+    def stop_reason(self, t: int) -> str | None:
+        """Why self-play does not go on with round t, whose start is there; None where it does."""
+        if t < 1 or max(self.players) < t or not any(r.plays for r in self.rounds if r.t < t):
+            return None
+        return controls.stop_reason(
+            self.evaluations(t), self.config.evaluate, self.ended, self.config.controls.patience
+        )
+
+    def control_lines(self) -> list[str]:
+        """What the controls did, a line each: where a guard went back or ended a round, and why self-play stopped."""
+        lines = []
+        for r in self.rounds:
+            for alarm in r.alarms:
+                lines.append(
+                    f"round {r.t}: at step {alarm['crossed_at']:.0f} held-out log p(gold) had moved by "
+                    f"{alarm['held_displacement']:+.3f} and KL was {alarm['held_kl']:.3f} nats per token: back to step "
+                    f"{alarm['step']:.0f} (backoff {alarm['backoff']:.0f})"
+                )
+            if ended := r.counts.get("player", {}).get("ended_early"):
+                lines.append(f"round {r.t}: ended early, after {ended}")
+            if r.stages["player"] == "-" and (reason := self.stop_reason(r.t)):
+                return [*lines, f"round {r.t} was not begun: {reason}"]
+        return lines
+
+    def best_player(self, upto: int | None = None) -> int | None:
+        """The best player by `evaluate.best` (docs/controls.md), of those up to `upto`; None while there is none."""
+        found = self.evaluations(upto)
+        return controls.best_player(found, self.config.evaluate, self.ended) if found else None
 
     def evaluation(self, number: int) -> dict[str, Any] | None:
         """A player's evaluation summary, or None where there is none."""

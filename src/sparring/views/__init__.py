@@ -23,11 +23,13 @@ from sparring.types import Player, Rendered
 from sparring.views.show import LONGEST, show_groups, show_samples
 
 if TYPE_CHECKING:
+    from sparring.compare import Compared
     from sparring.play.hf import Answer
     from sparring.prompts import Renderer
+    from sparring.report.verdict import Gain
     from sparring.rundir.view import RunView
 
-__all__ = ["answers", "check", "method", "methods", "results", "show_groups", "show_samples", "status"]
+__all__ = ["answers", "check", "compare", "method", "methods", "results", "show_groups", "show_samples", "status"]
 
 
 def status(run: RunView) -> Renderables:
@@ -38,7 +40,8 @@ def status(run: RunView) -> Renderables:
         cells = [_stage(turn.stages.get(name, "-"), turn.seconds.get(name)) for name in names]
         rounds.add_row(str(turn.t), Text(visible(turn.method)), *cells)
     head = Text.assemble((visible(run.name), "bold"), f"  {_size(run.path)} on disk", style="none")
-    return Renderables(head, Text(), rounds, Text(), results(run))
+    alarms = [Text(line, style="yellow") for line in run.control_lines()]
+    return Renderables(head, Text(), rounds, *([Text(), *alarms] if alarms else []), Text(), results(run))
 
 
 def _stage(state: str, took: float | None) -> Text:
@@ -67,6 +70,27 @@ def results(
     best = "★ best; " if any(row.get("best") for row in rows) else ""
     note = f"{best}± one standard error; gold_nll in nats, lower is better"
     return Renderables(table, Text(note, style="dim"))
+
+
+def compare(key: str, rows: Sequence[Compared]) -> Renderables:
+    """A row per run: its best player's figures, its gains (± one standard error) and what it cost."""
+    percent = key != "gold_nll"
+    names = ("run", "rounds", "best", "sampled", "greedy", "gold_nll", "over its start", "over the first run")
+    table = _table(*names, "played", "steps", "backoffs", "time")
+    table.columns[1].no_wrap = False
+    for row in rows:
+        best = NONE if row.best is None else str(row.best)
+        gains = (_gain(row.over_start, percent), _gain(row.over_first, percent))
+        cost = (f"{row.tokens:,}", f"{row.steps:,}", str(row.backoffs), seconds(row.seconds))
+        table.add_row(_text(row.run.name), _text(row.methods), best, *_figures(row.summary), *gains, *cost)
+    unit = "percentage points" if percent else "nats per answer, lower is better"
+    note = f"gains are of {key}, in {unit}, paired by prompt; ± one standard error; played: tokens of training answers"
+    return Renderables(table, Text(note, style="dim"))
+
+
+def _gain(gain: Gain | None, percent: bool) -> str:
+    scale, digits = (100, 1) if percent else (1, 2)
+    return NONE if gain is None else f"{scale * gain.mean:+.{digits}f} ± {scale * gain.se:.{digits}f}"
 
 
 def _figures(summary: Mapping[str, Any]) -> tuple[str, str, str]:

@@ -55,9 +55,10 @@ def show_groups(run: RunView, t: int, n: int) -> Renderables:
         heads, texts = [], []
         for i, source in enumerate(group.sources):
             sample = samples.get(source)
-            known = sample.text if sample else example.gold if example and source == "gold" else None
+            own = {"gold": example.gold, "generated": example.generated}.get(source) if example else None
+            known = sample.text if sample else own
             texts.append(known if known is not None else f"tokens {' '.join(map(str, group.completions[i]))}")
-            what = "gold" if source == "gold" else f"sample, {sample.finish}" if sample else "sample"
+            what = f"{sample.role} of round {sample.round}, {sample.finish}" if sample else source
             heads.append(f"{what}, target {group.targets[i]:g}{_by_role(frozen.get(group.sha, {}), i)}")
         replay = "" if group.origin_round == t else f"  replayed from round {group.origin_round}"
         title = f"{group.example_id}  weight {group.weight:g}{replay}"
@@ -95,11 +96,12 @@ def _frozen(turn: RoundView, wanted: set[str]) -> dict[str, dict[str, Frozen]]:
 
 
 def _sources(run: RunView, groups: Iterable[Group]) -> dict[str, Sample]:
-    """The groups' samples by id; replayed ones lie in the round that played them."""
-    wanted = {(group.origin_round, source) for group in groups for source in group.sources if source != "gold"}
+    """The groups' samples by id, from the rounds that played them."""
+    wanted = {source for group in groups for source in group.sources}
     found: dict[str, Sample] = {}
     for turn in run.rounds:
-        ids = {source for t, source in wanted if t == turn.t}
+        # A sample's id ends in round.index
+        ids = {source for source in wanted if source.rpartition("/")[2].startswith(f"{turn.t}.")}
         if ids:
             found |= {row.id: row for row in rows(turn, "samples", Sample) if row.id in ids}
     return found

@@ -27,7 +27,8 @@ def gold_against_samples(
     """Pairs (gold, sample) with targets (1, 0), in the order of rows and sample indices. SPIN Algorithm 1.
 
     A sample that is the gold answer makes no pair: with the same tokens its gradient is zero, and with the same
-    finished text in other tokens it would teach the learner to prefer one spelling of an answer to another. Equal samples of one prompt make one pair, weighted by their number (`weight`) or not (`drop`).
+    finished text in other tokens it would teach the learner to prefer one spelling of an answer to another. Equal
+    samples of one prompt make one pair, weighted by their number (`weight`) or not (`drop`).
     """
     by_id = {row.example_id: row for row in rows}
     pairs: dict[tuple[str, tuple[int, ...]], Group] = {}
@@ -52,6 +53,37 @@ def gold_against_samples(
             else:
                 pairs[key] = replace(known, weight=known.weight + 1.0)
     return Paired(list(pairs.values()), _counts(**dropped))
+
+
+def gold_with_samples(rows: Sequence[Rendered], samples: Sequence[Sample], origin_round: int) -> Paired:
+    """Groups (gold, s_1 … s_K) with targets (1, 0 … 0), one per prompt with samples, in the order of the rows.
+
+    For losses that take every completion alone: a sample that is the gold answer, or another's equal, stays.
+    """
+    by_id = {row.example_id: row for row in rows if row.gold}
+    told: dict[str, list[Sample]] = {name: [] for name in by_id}
+    dropped: Counter[str] = Counter()
+    for sample in samples:
+        if sample.example_id not in told:
+            dropped["no_gold"] += 1
+        elif not sample.tokens:
+            dropped["empty"] += 1
+        else:
+            told[sample.example_id].append(sample)
+    groups = [
+        Group(
+            name,
+            by_id[name].prompt,
+            (by_id[name].gold, *(s.tokens for s in own)),
+            (1.0, *[0.0] * len(own)),
+            1.0,
+            ("gold", *(s.id for s in own)),
+            origin_round,
+        )
+        for name, own in told.items()
+        if own
+    ]
+    return Paired(groups, _counts(**dropped))
 
 
 def same_answer(row: Rendered, sample: Sample) -> bool:

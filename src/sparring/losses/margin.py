@@ -1,4 +1,4 @@
-"""Losses as pure functions: tensors in, one loss per group out; no model, no reduction, no logging.
+"""Losses on the margin between two completions, and what they are made of.
 
 Dimension suffixes: B groups, G completions of a group.
 """
@@ -54,20 +54,30 @@ def pair_columns(values_BG: Tensor, targets_BG: Tensor) -> tuple[Tensor, Tensor]
     return torch.where(first, one, two), torch.where(first, two, one)
 
 
-def pair_metrics(policy: LogProbs, batch: Batch, beta: float) -> dict[str, Tensor]:
+def log_ratios(policy: LogProbs, batch: Batch, role: str = "reference") -> Tensor:
+    """log p_θ(u|x) − log p_role(u|x) of every completion, [B, G], in nats."""
+    return policy.sum_BG - batch.frozen[role].sum_BG
+
+
+def pair_metrics(policy: LogProbs, batch: Batch, beta: float = 1.0) -> dict[str, Tensor]:
     """What a pairwise method logs, per group [B], detached.
 
     `margin` = beta * log-ratio difference; `accuracy` = share with margin > 0 (strict, so exactly 0 at the start);
-    `logp_gold`, `logp_sample` absolute, in nats: margins grow even while both fall.
+    `logp_gold`, `logp_sample` absolute, in nats (of what the group's masks leave): margins grow even while both fall; `misaligned` = share of groups whose
+    sample is likelier than the gold answer. Without a reference the ratios are left out and margins are of log-probs.
     """
     gold, sample = pair_columns(policy.sum_BG.detach(), batch.targets_BG)
+    figures = {"logp_gold": gold, "logp_sample": sample, "misaligned": (gold < sample).to(gold.dtype)}
+    if "reference" not in batch.frozen:
+        z = beta * (gold - sample)
+        return {"margin": z, "accuracy": (z > 0).to(z.dtype), **figures}
     gold_reference, sample_reference = pair_columns(batch.frozen["reference"].sum_BG, batch.targets_BG)
     z = beta * margin(gold, sample, gold_reference, sample_reference)
-    return {
-        "margin": z,
-        "accuracy": (z > 0).to(z.dtype),
-        "logp_gold": gold,
-        "logp_sample": sample,
-        "ratio_gold": gold - gold_reference,
-        "ratio_sample": sample - sample_reference,
-    }
+    ratios = {"ratio_gold": gold - gold_reference, "ratio_sample": sample - sample_reference}
+    return {"margin": z, "accuracy": (z > 0).to(z.dtype), **figures, **ratios}
+
+
+def mean_over_answers(values_BG: Tensor, batch: Batch) -> Tensor:
+    """The mean over each group's completions, [B]; a group may have fewer of them than the batch is wide."""
+    present_BG = batch.mask_BGT.any(-1).to(values_BG.dtype)
+    return (values_BG * present_BG).sum(-1) / present_BG.sum(-1)

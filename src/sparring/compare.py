@@ -1,0 +1,75 @@
+"""Runs side by side: what each one's best player came to, over its own start and against the first run's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sparring.controls import figure
+from sparring.report.verdict import Gain, by_example, paired
+from sparring.rundir.view import RunView
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One run in a comparison."""
+
+    run: RunView
+    methods: str
+    """Its rounds' methods, in order, with how often each was done."""
+    best: int | None
+    summary: dict[str, Any]
+    """Evaluation of its best player."""
+    over_start: Gain | None
+    """Its best player's figure less its player 0's, paired by prompt."""
+    over_first: Gain | None
+    """Its best player's figure less that of the first run's best player; None where they were evaluated otherwise."""
+    tokens: int
+    """Tokens that were played for training."""
+    steps: int
+    """Gradient steps of self-play's rounds that stayed."""
+    backoffs: int
+    """How often a guard went back."""
+    seconds: float
+
+
+def compare(runs: Sequence[RunView]) -> tuple[str, list[Compared]]:
+    """The figure that is compared (`sampled`, `greedy` or `gold_nll`, of the first run's choice) and a row per run."""
+    named = figure(runs[0].config.evaluate)
+    key = named if named != "last" else "gold_nll"
+    first = _values(runs[0], key)
+    return key, [_row(run, key, first if run is not runs[0] and _alike(run, runs[0]) else {}) for run in runs]
+
+
+def _alike(one: RunView, other: RunView) -> bool:
+    """Whether two runs evaluate in the same way: figures of other verifiers, temperatures or lengths do not compare."""
+    how = [(r.config.evaluate.identity(), r.config.evaluation_play.max_new_tokens) for r in (one, other)]
+    return how[0] == how[1]
+
+
+def _row(run: RunView, key: str, first: dict[str, float]) -> Compared:
+    best, own = run.best_player(), _values(run, key)
+    start = min((n for n in run.players if n >= 0), default=0)
+    rounds = [r for r in run.rounds if r.stages.get("player") == "done"]
+    counts = [r.counts.get("player", {}) for r in rounds if r.t >= 0]
+    done: dict[str, int] = {}
+    for r in rounds:
+        done[r.method] = done.get(r.method, 0) + 1
+    return Compared(
+        run,
+        ", ".join(f"{n} × {name}" if n > 1 else name for name, n in done.items()),
+        best,
+        dict((run.evaluation(best) if best is not None else None) or {}),
+        paired(by_example(run, start, key), own) if best != start else None,
+        paired(first, own),
+        sum(r.counts.get("samples", {}).get("tokens", 0) for r in rounds),
+        sum(c.get("steps", 0) for c in counts),
+        sum(c.get("backoffs", 0) for c in counts),
+        run.seconds,
+    )
+
+
+def _values(run: RunView, key: str) -> dict[str, float]:
+    best = run.best_player()
+    return by_example(run, best, key) if best is not None else {}

@@ -1,0 +1,201 @@
+"""The gradient of one optimizer batch: groups to tensors, the learner's log-probs, a method's loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from sparring.errors import SparringError
+from sparring.logps import token_logps, token_outputs
+from sparring.types import Batch, Frozen, Group, LogProbs
+
+
+class Objective(Protocol):
+    """What training needs to know of a method."""
+
+    @property
+    def loss(self) -> Callable[[LogProbs, Batch], Tensor]: ...
+
+    @property
+    def metrics(self) -> Callable[[LogProbs, Batch], Mapping[str, Tensor]]: ...
+
+    @property
+    def coupled(self) -> bool: ...
+
+    @property
+    def needs(self) -> tuple[str, ...]: ...
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where and how forward passes are made."""
+
+    compute: torch.dtype | None = None
+    """Autocast precision."""
+    hide: int | None = None
+    """A token hidden from attention (the released SPIN's inner end tokens)."""
+    companions: Mapping[str, nn.Module] = field(default_factory=dict)
+    """Frozen roles that stay in memory, for methods that need their logits."""
+    extras: nn.Module | None = None
+    """The method's own module, trained along."""
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """What one optimizer batch gave, its gradient left in the parameters."""
+
+    loss: float
+    """sum(weight * loss) / sum(weight)."""
+    metrics: dict[str, float]
+    """Weighted means."""
+    tokens: int
+    """Tokens fed forward."""
+
+
+def gradient(
+    model: nn.Module,
+    groups: Sequence[Group],
+    frozen: Mapping[str, Sequence[Frozen]],
+    objective: Objective,
+    *,
+    micro_batch: int,
+    setting: Setting = Setting(),
+    keys: Sequence[int] = (),
+) -> Gradient:
+    """Accumulate the gradient of one optimizer batch; the split into micro-batches does not change it.
+
+    Micro-batches hold groups of similar length, so that little of them is padding. A coupled objective is given the
+    whole batch's log-probs, taken without a graph; their gradient is then carried through the model by micro-batches,
+    which is exact and costs one more forward pass.
+    """
+    first = next(model.parameters())
+    device, dtype = first.device, torch.promote_types(first.dtype, torch.float32)
+    total = sum(group.weight for group in groups)
+    order = sorted(range(len(groups)), key=lambda i: (_length(groups[i]), i))
+    parts = [order[at : at + micro_batch] for at in range(0, len(order), micro_batch)]
+
+    def batch_of(rows: Sequence[int]) -> tuple[list[Group], Batch]:
+        held = {role: [table[i] for i in rows] for role, table in frozen.items()}
+        chosen = [groups[i] for i in rows]
+        return chosen, collate(chosen, held, device, dtype, [keys[i] for i in rows] if keys else (), setting.extras)
+
+    sums: dict[str, Tensor] = {}
+
+    def account(policy: LogProbs, batch: Batch) -> None:
+        share_B = batch.weight_B / total
+        value = _total(share_B, objective.loss(policy, batch), "loss")
+        value.backward()  # type: ignore[no-untyped-call]
+        for name, figure in {"loss": value.detach(), **_means(share_B, objective.metrics(policy, batch))}.items():
+            sums[name] = sums.get(name, torch.zeros((), dtype=figure.dtype, device=device)) + figure
+
+    if objective.coupled:
+        _, batch = batch_of(order)
+        with torch.no_grad():
+            leaf = torch.zeros(batch.tokens_BGT.shape, dtype=dtype, device=device)
+            for at, rows in enumerate(parts):
+                part, small = batch_of(rows)
+                got = policy_logps(model, part, small, setting).token_BGT
+                leaf[at * micro_batch : at * micro_batch + len(rows), : got.shape[1], : got.shape[2]] = got
+        leaf.requires_grad_()
+        account(LogProbs(leaf, batch.token_weight_BGT), batch)
+        assert leaf.grad is not None
+        for at, rows in enumerate(parts):
+            part, small = batch_of(rows)
+            again = policy_logps(model, part, small, setting).token_BGT
+            upstream = leaf.grad[at * micro_batch : at * micro_batch + len(rows), : again.shape[1], : again.shape[2]]
+            again.backward(upstream)  # type: ignore[no-untyped-call]
+    else:
+        for rows in parts:
+            part, batch = batch_of(rows)
+            policy = policy_logps(model, part, batch, setting, logits="policy_logits" in objective.needs)
+            if setting.companions:
+                with torch.no_grad():
+                    beside = {
+                        role: policy_logps(other, part, batch, setting, logits=True, hidden=True)
+                        for role, other in setting.companions.items()
+                    }
+                batch = replace(batch, frozen={**batch.frozen, **beside})
+            account(policy, batch)
+    figures = {name: float(value) for name, value in sums.items()}
+    tokens = sum(len(g.completions) * len(g.prompt) + sum(map(len, g.completions)) for g in groups)
+    return Gradient(figures.pop("loss"), figures, tokens)
+
+
+def collate(
+    groups: Sequence[Group],
+    frozen: Mapping[str, Sequence[Frozen]],
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    keys: Sequence[int] = (),
+    extras: nn.Module | None = None,
+) -> Batch:
+    """Groups and their frozen log-probs, aligned, to a `Batch`; absent completions and tokens are masked."""
+    size_G = max(len(g.completions) for g in groups)
+    size_T = max(max(len(c) for c in g.completions) for g in groups)
+
+    def table(rows_BG: Sequence[Sequence[Sequence[Any]]], kind: torch.dtype) -> Tensor:
+        padded = [[[*row, *[0] * (size_T - len(row))] for row in group] for group in rows_BG]
+        whole = [group + [[0] * size_T] * (size_G - len(group)) for group in padded]
+        return torch.tensor(whole, dtype=kind, device=device)
+
+    weight_BGT = table([g.masks or [[1.0] * len(c) for c in g.completions] for g in groups], dtype)
+    return Batch(
+        tokens_BGT=table([g.completions for g in groups], torch.long),
+        mask_BGT=table([[[1] * len(c) for c in g.completions] for g in groups], torch.bool),
+        targets_BG=torch.tensor(
+            [[*g.targets, *[0.0] * (size_G - len(g.targets))] for g in groups], dtype=dtype, device=device
+        ),
+        weight_B=torch.tensor([g.weight for g in groups], dtype=dtype, device=device),
+        frozen={role: LogProbs(table([row.logps for row in rows], dtype), weight_BGT) for role, rows in frozen.items()},
+        keys=tuple(keys),
+        extras=extras,
+        token_weight_BGT=weight_BGT,
+    )
+
+
+def policy_logps(
+    model: nn.Module,
+    groups: Sequence[Group],
+    batch: Batch,
+    setting: Setting,
+    *,
+    logits: bool = False,
+    hidden: bool = False,
+) -> LogProbs:
+    """A model's log-probs of a batch's completions, [B, G, T]; with `logits` and `hidden` what they were made from."""
+    where = [(b, g) for b, group in enumerate(groups) for g in range(len(group.completions))]
+    prompts = [groups[b].prompt for b, _ in where]
+    completions = [groups[b].completions[g] for b, g in where]
+    index = torch.tensor(where, device=batch.tokens_BGT.device)
+
+    def spread(rows: Tensor) -> Tensor:
+        table = torch.zeros(*batch.tokens_BGT.shape, *rows.shape[2:], dtype=rows.dtype, device=rows.device)
+        return table.index_put((index[:, 0], index[:, 1]), rows)
+
+    if not (logits or hidden):
+        rows = token_logps(model, prompts, completions, compute=setting.compute, hide=setting.hide)
+        return LogProbs(spread(rows), batch.token_weight_BGT)
+    out = token_outputs(model, prompts, completions, compute=setting.compute, hide=setting.hide, hidden=hidden)
+    last = None if out.hidden is None else spread(out.hidden)
+    return LogProbs(spread(out.logps), batch.token_weight_BGT, spread(out.logits), last)
+
+
+def _length(group: Group) -> int:
+    return len(group.prompt) + max(map(len, group.completions))
+
+
+def _total(share_B: Tensor, values_B: Tensor, name: str) -> Tensor:
+    """sum(share * value); a [B, 1] value would broadcast to [B, B] and train on a sum of everything with everything."""
+    if values_B.shape != share_B.shape:
+        raise SparringError(
+            f"the method's {name} has shape {list(values_B.shape)}; one number per group, {list(share_B.shape)}, is wanted"
+        )
+    return (share_B * values_B).sum()
+
+
+def _means(share_B: Tensor, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: _total(share_B, value, f"metric `{name}`") for name, value in values.items()}

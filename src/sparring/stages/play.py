@@ -1,0 +1,186 @@
+"""Stages before pairing: the data, the players' answers, and what judges say of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from datetime import datetime
+from functools import cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sparring import players
+from sparring.errors import InputError
+from sparring.judge.verify import load_verifier, verdict
+from sparring.plan import RoundPlan
+from sparring.progress import bar
+from sparring.rundir import Counts
+from sparring.rundir.store import Rows, write_json, write_shard, write_shards
+from sparring.types import Example, Official, Rendered, Sample, Score, Turn
+from sparring.workshop import DATE, Workshop
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from sparring.play.hf import Mixture
+
+
+def data(shop: Workshop, folder: Path) -> Counts:
+    """The data set, checked, split and shuffled, as examples."""
+    from sparring.data import load
+
+    loaded = load(shop.config.data, shop.config.seed)
+    for name, examples in (("train", loaded.train), ("heldout", loaded.heldout)):
+        (folder / name).mkdir(exist_ok=True)
+        write_shard(folder / name / "00000.parquet", Example, examples)
+    # Templates may write the date. It is the data's, so that forks, which share their rounds, share their prompts too
+    write_json(folder / DATE, datetime.now().isoformat())
+    return {"train": len(loaded.train), "heldout": len(loaded.heldout), **loaded.counts}
+
+
+def samples(shop: Workshop, folder: Path, *, r: RoundPlan) -> Counts:
+    """Every turn's player answers its prompts; in the first round of self-play, answers that came with the data stand in."""
+    settings = r.settings.play
+    rows = shop.rendered("train", settings.max_new_tokens, r.settings.limit, r.method.template).rows
+    if r.method.official is not None:
+        rows = _official(shop, rows, r.method.official)
+    first = r is next(r for r in shop.plan.rounds if r.turns)
+    split = [turn for turn in r.turns if turn.split]
+    starts = range(0, len(rows), settings.chunk)
+    before = 0
+    jobs: list[Callable[[], list[Sample]]] = []
+    for turn in r.turns:
+        wanted = settings.samples if turn.samples is None else turn.samples
+        part = (split.index(turn), len(split)) if turn.split else (0, 1)
+        mixture = cache(partial(_mixture, shop, r, turn))
+        for at in starts:
+            chosen = [row for i, row in enumerate(rows[at : at + settings.chunk], at) if i % part[1] == part[0]]
+            given = first and turn is r.turns[0] and r.method.takes_given
+            jobs.append(partial(_answers, shop, r, turn, mixture, chosen, given, range(before, before + wanted)))
+        before += 0 if turn.split else wanted
+    with bar(f"round {r.t} play", len(jobs), "chunks") as show:
+        total = write_shards(folder, Sample, jobs, lambda n: show(n + 1))
+    made = Rows(folder, Sample)
+    return {
+        "samples": total,
+        "truncated": sum(sample.finish == "length" for sample in made),
+        "tokens": sum(len(sample.tokens) for sample in made),
+        "off_policy": sum(sample.settings_id == "off-policy" for sample in made),
+        "distinct": round(len({(sample.example_id, sample.tokens) for sample in made}) / max(total, 1), 4),
+    }
+
+
+def _answers(
+    shop: Workshop,
+    r: RoundPlan,
+    turn: Turn,
+    mixture: Callable[[], Mixture | None],
+    rows: Sequence[Rendered],
+    first: bool,
+    indices: range,
+) -> list[Sample]:
+    """One turn's answers to a chunk of prompts; with `first`, those that came with the data are taken as they are."""
+    from sparring.play.hf import play
+
+    player, settings = shop.resolve(r, turn.role), r.settings.play
+    model = shop.model(player)
+    given = [row for row in rows if first and row.generated is not None]
+    asked = [row for row in rows if not (first and row.generated is not None)]
+    limit = r.method.answer_tokens or (lambda example_id: None)
+    lengths = [min(settings.max_new_tokens, limit(row.example_id) or settings.max_new_tokens) for row in asked]
+    played: list[Sample] = []
+    for length in sorted(set(lengths)):
+        played += play(
+            model,
+            [row for row, own in zip(asked, lengths, strict=True) if own == length],
+            player,
+            settings.model_copy(update={"max_new_tokens": length}),
+            shop.renderer,
+            seed=shop.config.seed,
+            round=r.t,
+            role=turn.role,
+            indices=indices,
+            mixture=mixture(),
+            compute=shop.compute,
+        )
+    return played + _given(shop, model, given, r.t, settings.batch_size)
+
+
+def _mixture(shop: Workshop, r: RoundPlan, turn: Turn) -> Mixture | None:
+    """The second model of a turn, which stays in memory while it lasts."""
+    from sparring.play.hf import Mixture
+
+    if turn.mixed_with is None:
+        return None
+    return Mixture(shop.beside(shop.resolve(r, turn.mixed_with)), turn.share)
+
+
+def _official(shop: Workshop, rows: Sequence[Rendered], official: Official) -> list[Rendered]:
+    """The rows with the prompt that the released generators play. Raises InputError where pairs would not fit the model."""
+    from sparring.prompts.official import first_round, play_ids
+
+    model = players.model_config(shop.player(shop.plan.first).path, shop.config.model)
+    context = players.context_length(model, shop.tokenizer)
+    if official.max_length > context:
+        raise InputError(f"max_length: {official.max_length} is more than the model's context of {context}; lower it")
+    questions = {e.id: first_round(e)[0][1].content for e in shop.examples(row.example_id for row in rows)}
+    return [
+        replace(row, prompt=tuple(play_ids(shop.tokenizer, questions[row.example_id], bos=official.bos)))
+        for row in rows
+    ]
+
+
+def _given(shop: Workshop, model: nn.Module, rows: Sequence[Rendered], t: int, batch_size: int) -> list[Sample]:
+    """Answers by an unknown player that came with the data, scored by this round's opponent."""
+    from sparring.logps import score
+
+    answers = [row.generated or () for row in rows]
+    logps = score(model, [r.prompt for r in rows], answers, batch_size=batch_size, compute=shop.compute)
+    return [
+        Sample(
+            example_id=row.example_id,
+            player="unknown",
+            index=0,
+            seed=shop.config.seed,
+            tokens=tokens,
+            text=row.generated_text or "",
+            finish="length" if "generated" in row.cut else "stop",
+            logps=line,
+            settings_id="off-policy",
+            round=t,
+        )
+        for row, tokens, line in zip(rows, answers, logps, strict=True)
+    ]
+
+
+def scores(shop: Workshop, folder: Path, *, r: RoundPlan) -> Counts:
+    """What the method's verifier and scorer say of every prompt's samples."""
+    from sparring.judge.score import load_scorer
+
+    by_prompt: dict[str, list[Sample]] = {}
+    for sample in Rows(shop.run.path / r.folder / "samples", Sample):
+        by_prompt.setdefault(sample.example_id, []).append(sample)
+    examples = {example.id: example for example in shop.examples(by_prompt)}
+    verifier = load_verifier(r.method.verifier) if r.method.verifier else None
+    scorer = load_scorer(r.method.scorer) if r.method.scorer else None
+
+    def judge(example: Example, answers: Sequence[Sample]) -> Score:
+        texts = [sample.text for sample in answers]
+        values: list[float | None] = []
+        if verifier is not None:
+            verdicts = [verdict(verifier, example, text) for text in texts]
+            values = [None if right is None else float(right) for right in verdicts]
+        wins = scorer(example, texts) if scorer is not None else []
+        return Score(example.id, tuple(s.id for s in answers), tuple(values), tuple(tuple(row) for row in wins))
+
+    prompts, chunk = list(by_prompt), r.settings.play.chunk
+
+    def rows(at: int) -> list[Score]:
+        return [judge(examples[name], by_prompt[name]) for name in prompts[at : at + chunk]]
+
+    starts = range(0, len(prompts), chunk)
+    with bar(f"round {r.t} judge", len(starts), "chunks") as show:
+        total = write_shards(folder, Score, [partial(rows, at) for at in starts], lambda n: show(n + 1))
+    values = [value for row in Rows(folder, Score) for value in row.values]
+    verdicts = {"right": values.count(1.0), "wrong": values.count(0.0), "unjudged": values.count(None)}
+    return {"prompts": total} | (verdicts if verifier is not None else {})

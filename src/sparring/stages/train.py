@@ -1,0 +1,179 @@
+"""The training stage, and the held-out answers by which its guard sees how far it moves."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparring import controls, players
+from sparring.errors import SparringError
+from sparring.plan import RoundPlan
+from sparring.progress import bar
+from sparring.rundir import Counts
+from sparring.rundir.store import Rows, read_json, write_shard
+from sparring.types import Example, Frozen, Group, Player
+from sparring.workshop import Workshop
+
+if TYPE_CHECKING:
+    from torch import nn
+
+log = logging.getLogger("sparring")
+
+
+def held(shop: Workshop, folder: Path, *, r: RoundPlan) -> Counts:
+    """Held-out gold answers and temperature-1 answers of the round's start, with its log-probs: what the guard reads.
+
+    Counted beside them: how far decoding the start at 1/τ lies from it, which an opponent at temperature τ aims at.
+    """
+    from sparring.logps import score
+    from sparring.play.hf import play
+
+    if not len(Rows(shop.run.path / "data" / "heldout", Example)):
+        return {"prompts": 0}
+    start = shop.resolve(r, "start")
+    settings = r.settings.play.model_copy(update={"temperature": 1.0, "top_p": 1.0, "top_k": 0, "samples": 1})
+    rows = shop.rendered("heldout", settings.max_new_tokens, shop.config.controls.prompts).rows
+    hot = max(1.0, r.settings.play.temperature)
+    model = shop.model(start)
+    # The seed's sign keeps these answers apart from those that are trained on
+    seed = -1 - shop.config.seed
+    answers = play(model, rows, start, settings, shop.renderer, seed=seed, round=r.t, compute=shop.compute)
+    paired = [
+        Group(row.example_id, row.prompt, (row.gold, sample.tokens), (1.0, 0.0), 1.0, ("gold", sample.id), r.t)
+        for row, sample in zip(rows, answers, strict=True)
+    ]
+    prompts = [g.prompt for g in paired for _ in g.completions]
+    completions = [c for g in paired for c in g.completions]
+
+    def scored(sharpen: float) -> list[tuple[float, ...]]:
+        size = settings.batch_size
+        return score(model, prompts, completions, batch_size=size, compute=shop.compute, sharpen=sharpen)
+
+    cold = scored(1.0)
+    both = list(zip(scored(hot) if hot > 1 else cold, cold, strict=True))
+    lines = iter(cold)
+    kept = [Frozen(g.sha, "start", start.sha, tuple(next(lines) for _ in g.completions)) for g in paired]
+    for name, row_type, table in (("groups", Group, paired), ("frozen", Frozen, kept)):
+        (folder / name).mkdir(exist_ok=True)
+        write_shard(folder / name / "00000.parquet", row_type, table)
+    return {
+        "prompts": len(paired),
+        "hot_displacement": controls.displacement(both[controls.GOLD :: 2]),
+        "hot_kl": controls.divergence(both[controls.SAMPLE :: 2]),
+    }
+
+
+def player(shop: Workshop, folder: Path, *, r: RoundPlan) -> Counts:
+    """Train this round's learner and save it as the next player."""
+    from sparring.gradient import Setting
+    from sparring.train import train
+
+    paired: Sequence[Group] = Rows(shop.run.path / r.folder / "groups", Group)
+    held: Mapping[str, Sequence[Frozen]] = {
+        role: Rows(shop.run.path / r.folder / "frozen" / role, Frozen) for role in r.frozen
+    }
+    _check_aligned(paired, held)
+    counts: dict[str, Any] = {}
+    if r.method.select is not None:
+        paired, held = _selected(paired, held, r.method.select)
+        counts["selected"] = len(paired)
+    start = shop.resolve(r, "start")
+    companions = {role: shop.beside(shop.resolve(r, role)) for role in r.frozen if "frozen_logits" in r.method.needs}
+    model = shop.learner(start, r.t)
+    # One order of groups per (seed, round); `train` adds the epoch.
+    seed = shop.config.seed * 1009 + r.t - shop.plan.first
+    setting = Setting(shop.compute, shop.hidden(r), companions, _extras(r, model, seed))
+    with bar(f"round {r.t} train", 1, "rounds") as show:
+        outcome = train(
+            model,
+            paired,
+            held,
+            r.method,
+            r.settings.train,
+            shop.run.states(r.stage("player")),
+            seed=seed,
+            setting=setting,
+            guard=_watch(shop, r) if r.has("held") else None,
+            on_step=lambda done, total: show(done / total),
+        )
+    renderer = shop.renderer
+    players.save_player(
+        model, shop.tokenizer, folder, _card(r, start), template=renderer.template, stop_ids=renderer.stop_ids
+    )
+    sha = players.identify(str(folder))
+    shop.keep(model, sha)
+    counts |= {"groups": len(paired), "steps": outcome.steps, "backoffs": outcome.backoffs}
+    if outcome.steps < outcome.total:
+        counts["ended_early"] = f"{outcome.steps} of {outcome.total} steps"
+    return {"sha": sha, **counts}
+
+
+def _selected(
+    paired: Sequence[Group],
+    held: Mapping[str, Sequence[Frozen]],
+    select: Callable[[Sequence[Group], Mapping[str, Sequence[Frozen]]], Sequence[Group | None]],
+) -> tuple[list[Group], dict[str, list[Frozen]]]:
+    """The groups that a method keeps once the frozen log-probs are known. Raises SparringError where it changed a text."""
+    chosen = select(paired, held)
+    kept = [i for i, group in enumerate(chosen) if group is not None]
+    groups = [group for group in chosen if group is not None]
+    if not kept or any(paired[i].sha != group.sha for i, group in zip(kept, groups, strict=True)):
+        problem = "dropped every group" if not kept else "changed the tokens of a group"
+        raise SparringError(
+            f"the method's select {problem}; it may give groups other targets and weights, or drop some"
+        )
+    return groups, {role: [rows[i] for i in kept] for role, rows in held.items()}
+
+
+def _extras(r: RoundPlan, model: nn.Module, seed: int) -> nn.Module | None:
+    """The method's own module, its first weights a function of the seed."""
+    import torch
+
+    if r.method.extras is None:
+        return None
+    config: Any = model.config
+    text = config.get_text_config()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        made: nn.Module = r.method.extras(text.hidden_size, text.vocab_size)
+    return made.to(next(model.parameters()))
+
+
+def _watch(shop: Workshop, r: RoundPlan) -> controls.Watch | None:
+    """The round's guard; None where there are no held-out prompts to read."""
+    stage, settings = shop.run.path / r.folder / "held", shop.config.controls
+    counts = read_json(stage / "stage.json")["counts"]
+    if not counts["prompts"]:
+        log.warning("%s: no held-out prompts, so no control watches this round (data.heldout_size)", r.folder)
+        return None
+    return controls.Watch(
+        Rows(stage / "groups", Group),
+        Rows(stage / "frozen", Frozen),
+        controls.limits(settings, counts),
+        settings.checks,
+        settings.backoff,
+        settings.backoffs,
+        4 * r.settings.train.micro_batch,
+        shop.compute,
+    )
+
+
+def _card(r: RoundPlan, start: Player) -> str:
+    """What a player's README says: where it comes from and how it was trained."""
+    settings = {**r.settings.hyper, **r.settings.train.identity()}
+    lines = "\n".join(f"- {name}: {value}" for name, value in settings.items())
+    roles = ", ".join(f"{role} = {f'player {who}' if isinstance(who, int) else who}" for role, who in r.roles.items())
+    return (
+        f"---\nlibrary_name: transformers\ntags: [sparring, {r.method.name}]\n---\n"
+        f"# Player {r.t + 1}\n\nMade by round {r.t} of `sparring` with the method `{r.method.name}` "
+        f"({r.method.paper}) from player {start.round} (content hash {start.sha[:16]}). Roles: {roles}.\n\n"
+        f"Settings:\n{lines}\n"
+    )
+
+
+def _check_aligned(paired: Sequence[Group], held: Mapping[str, Sequence[Frozen]]) -> None:
+    for role, rows in held.items():
+        if len(rows) != len(paired) or any(row.group != group.sha for row, group in zip(rows, paired, strict=True)):
+            raise SparringError(f"the frozen log-probs of `{role}` do not belong to these groups; use --redo")
