@@ -34,7 +34,7 @@ def example(name: str, prompt: str, gold: str) -> Example:
 
 
 def sample(name: str, text: str, t: int = 0, index: int = 0, logps: tuple[float, ...] = (-0.5, -1.25, -0.25)) -> Sample:
-    return Sample(name, f"{t}" * 64, index, 7, (5, 6, 2), text, "stop", logps, "abc")
+    return Sample(name, f"{t}" * 64, index, 7, (5, 6, 2), text, "stop", logps, "abc", round=t)
 
 
 def group(name: str, source: Sample, t: int = 0, origin: int | None = None) -> Group:
@@ -91,6 +91,7 @@ def round_view(
         roles={"start": Player(f"p{t}", t, f"{t}" * 64), "opponent": Player(f"p{t}", t, f"{t}" * 64)},
         rows=read,
         log=log,
+        alarms=[],
         counts={"groups": {"groups": 2, "dropped": {"identical": 3}, "golds_cut": 0}, "player": {"sha": "f0" * 32}},
         seconds=seconds or {"samples": 12.0, "groups": 0.1, "frozen": 3.0, "player": 185.0, "eval": 9.0},
     )
@@ -127,6 +128,11 @@ def run_view(path: Path, **changes: Any) -> Any:
         "made_by": lambda player: "spin" if player > 0 else "given",
         "items": lambda player: iter(()),
         "best": 2,
+        "ended": {},
+        "evaluations": lambda upto=None: {n: e for n, e in evaluations.items() if upto is None or n <= upto},
+        "best_player": lambda upto=None: 2 if upto is None else min(2, upto),
+        "stop_reason": lambda t: None,
+        "control_lines": list,
         "examples": examples,
         "heldout": {"h1": example("h1", "What is 20 + 22?", "20 + 22 = 42\n#### 42")},
     }

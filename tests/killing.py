@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 import sparring
+from sparring.controls import Watch
 from sparring.rundir import RunDir
 from sparring.rundir.states import TrainStates
 
@@ -41,7 +42,8 @@ WARM = [
 def run_noting(recipe: dict[str, Any], notes: Path, target: Event | None) -> None:
     """The body of the process: `sparring.run(recipe)`; SIGKILL to itself at the first event equal to `target`.
 
-    notes: a file that gets a line `event|stage|call|name|when`, `load|folder|step` or `log|folder|step` each.
+    notes: a file that gets a line `event|stage|call|name|when`, `load|folder|step`, `save|folder|step` or
+    `log|folder|step` each. Calls are the system's, and a training's `load`, `save`, `log` and its guard's `read`.
     """
     torch.set_num_threads(1)
     with notes.open("a", encoding="utf-8", buffering=1) as stream:
@@ -69,7 +71,8 @@ def _hook(note: Callable[[str], object], target: Event | None) -> None:
 
     for call in CALLS:
         setattr(os, call, wrapped(call, getattr(os, call), _name))
-    once, load, log = RunDir.once, TrainStates.load, TrainStates.log
+    once, load, save, log, read = RunDir.once, TrainStates.load, TrainStates.save, TrainStates.log, Watch.read
+    state = "the start"
 
     def noted_once(self: RunDir, wanted: Any, make: Any) -> Path:
         nonlocal stage
@@ -80,17 +83,40 @@ def _hook(note: Callable[[str], object], target: Event | None) -> None:
             stage = ""
 
     def noted_load(self: TrainStates) -> Any:
-        state = load(self)
-        note(f"load|{self.folder.parent.name}|{state[0] if state else 0}")
-        return state
+        nonlocal state
+        found = load(self)
+        note(f"load|{self.folder.parent.name}|{found[0] if found else 0}")
+        state = _state(*found) if found else "the start"
+        return found
+
+    def noted_save(self: TrainStates, step: int, tensors: dict[str, torch.Tensor]) -> None:
+        nonlocal state
+        state = _state(step, tensors)
+        at("save", state, "before")
+        save(self, step, tensors)
+        note(f"save|{self.folder.parent.name}|{step}")
+        at("save", state, "after")
 
     def noted_log(self: TrainStates, row: dict[str, float]) -> None:
-        at("log", f"step {row['step']}", "before")
+        name = f"backoff {row['backoff']}" if "backoff" in row else f"step {row['step']}"
+        at("log", name, "before")
         log(self, row)
-        note(f"log|{self.folder.parent.name}|{row['step']}")
-        at("log", f"step {row['step']}", "after")
+        if "backoff" not in row:
+            note(f"log|{self.folder.parent.name}|{row['step']}")
+        at("log", name, "after")
 
-    RunDir.once, TrainStates.load, TrainStates.log = noted_once, noted_load, noted_log  # type: ignore[method-assign]
+    def noted_read(self: Watch, model: torch.nn.Module) -> dict[str, float]:
+        at("read", f"behind {state}", "before")
+        reading = read(self, model)
+        at("read", f"behind {state}", "after")
+        return reading
+
+    RunDir.once, TrainStates.load, TrainStates.save = noted_once, noted_load, noted_save  # type: ignore[method-assign]
+    TrainStates.log, Watch.read = noted_log, noted_read  # type: ignore[method-assign]
+
+
+def _state(step: int, tensors: dict[str, torch.Tensor]) -> str:
+    return f"step {step}, backoff {int(tensors['backoffs'])}"
 
 
 def _name(path: Any, *rest: Any) -> str:

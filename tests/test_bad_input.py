@@ -523,7 +523,7 @@ def stage_of_a_round_that_is_not_there(at: Place) -> Arguments:
     return ["play", at.own_run(), "--round", 9]
 
 
-@bad("round -1 (sft) has no stage samples", "nobody plays")
+@bad("round -1 (sft) has no stage samples", "it has groups, frozen, player, eval")
 def play_where_nobody_plays(at: Place) -> Arguments:
     return ["play", at.own_run(), "--round", -1]
 

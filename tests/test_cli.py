@@ -22,13 +22,17 @@ COMMANDS = {
     "demo": {"--seed", "--out"},
     "run": {"recipe", "overrides", "--model", "--data", "--method", "--rounds", "--out", "--redo"},
     "play": {"path", "--round"},
+    "judge": {"path", "--round"},
     "pair": {"path", "--round"},
     "freeze": {"path", "--round"},
+    "hold": {"path", "--round"},
     "train": {"path", "--round"},
     "eval": {"path", "--round"},
     "status": {"path"},
     "show": {"path", "what", "--round", "-n"},
     "report": {"path"},
+    "export": {"path", "--out", "--player", "--merge"},
+    "compare": {"runs"},
     "methods": {"name"},
     "fork": {"path", "new", "overrides", "--round"},
     "init": {"path"},
@@ -148,7 +152,7 @@ def test_stages_one_by_one_make_the_same_players(
     for stage in ("pair", "freeze", "train", "eval"):
         assert cli("-q", stage, file, "--round", -1).code == 0
     for t in (0, 1):
-        for stage in ("play", "pair", "freeze", "train", "eval"):
+        for stage in ("play", "pair", "freeze", "hold", "train", "eval"):
             code, out, err = cli("-q", stage, run, "--round", t)
             assert (code, err) == (0, "")
             assert "done" in out

@@ -29,6 +29,9 @@ DEFAULTS: dict[str, Any] = {
         "device": "auto",
         "threads": None,
         "trust_remote_code": False,
+        "lora_rank": 0,
+        "lora_alpha": None,
+        "lora_targets": "all-linear",
     },
     "data": {
         "path": "",
@@ -68,6 +71,7 @@ DEFAULTS: dict[str, Any] = {
         "floor": 0.0,
         "warmup": 0.1,
         "epochs": 2,
+        "stop_epoch": None,
         "max_steps": None,
         "batch_size": 64,
         "micro_batch": 8,
@@ -84,6 +88,16 @@ DEFAULTS: dict[str, Any] = {
         "max_new_tokens": None,
         "best": "auto",
     },
+    # Figures and their evidence: docs/controls.md
+    "controls": {
+        "displacement": 0.05,
+        "trust_region": 0.3,
+        "prompts": 64,
+        "checks": 20,
+        "backoff": 0.3,
+        "backoffs": 3,
+        "patience": 2,
+    },
 }
 SPIN = {"beta": 0.1, "loss": "logistic", "memory": 0, "memory_weight": 1.0, "duplicates": "weight"}
 EXECUTION = {
@@ -93,6 +107,7 @@ EXECUTION = {
     "play": {"batch_size"},
     "train": {"micro_batch", "gradient_checkpointing", "save_every", "log_every"},
     "evaluate": {"best"},
+    "controls": set(),
 }
 
 

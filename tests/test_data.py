@@ -70,6 +70,8 @@ FORMATS: list[tuple[str, dict[str, Any], dict[str, Any], tuple[Message, ...], st
     ("map-completion", {"question": Q, "solution": A}, {"columns": {"completion": "solution"}}, USER, None, {}),
     ("map-messages", {"dialog": TURNS, "prompt": "p", "completion": "c"}, {"columns": {"messages": "dialog"}}, USER, None, {"prompt": "p", "completion": "c"}),
     ("map-optional", {"question": Q, "answer": A, "sys": "Be brief.", "rejected": G}, {"columns": {"system": "sys", "generated": "rejected"}}, (SYSTEM, *USER), G, {}),
+    ("rejected-alone", {"question": Q, "answer": A, "rejected": G}, {}, USER, None, {"rejected": G}),
+    ("map-keeps-pairs-out", {"question": Q, "better": A, "chosen": "x", "rejected": G}, {"columns": {"completion": "better"}}, USER, None, {"chosen": "x", "rejected": G}),
     (
         "format-settles",
         {"messages": [{"role": "user", "content": "other"}, TURNS[1]], "question": Q, "answer": A},
@@ -90,6 +92,55 @@ def test_formats(tmp_path: Path, row: Any, settings: Any, prompt: Any, generated
     identity = json.dumps([[[m.role, m.content] for m in prompt], A], separators=(",", ":"))
     expected = Example(hashlib.sha256(identity.encode()).hexdigest()[:24], prompt, A, generated, meta, f"{path}:1")
     assert read(path, **settings) == [expected]
+
+
+# fmt: off
+PAIRS: list[tuple[str, dict[str, Any], dict[str, Any], tuple[Message, ...], str | None, dict[str, Any]]] = [
+    # name, row, settings, prompt, rejected, meta
+    ("texts", {"prompt": Q, "chosen": A, "rejected": G, "chosen_prob": 0.8}, {}, USER, G, {"chosen_prob": 0.8}),
+    ("question-system", {"question": Q, "system": "Be brief.", "chosen": A, "rejected": G}, {}, (SYSTEM, *USER), G, {}),
+    ("instruction", {"instruction": Q, "chosen": A, "rejected": G}, {}, USER, G, {}),
+    ("equal", {"prompt": Q, "chosen": A, "rejected": A}, {}, USER, A, {}),
+    ("ultrafeedback", {"prompt": Q, "prompt_id": "x", "chosen": TURNS, "rejected": WRONG, "messages": TURNS, "score_chosen": 8.0, "score_rejected": 6.5}, {}, USER, G, {"prompt_id": "x", "messages": TURNS, "score_chosen": 8.0, "score_rejected": 6.5}),
+    ("conversations", {"chosen": TURNS, "rejected": WRONG}, {}, USER, G, {}),
+    ("empty-prompt-column", {"prompt": None, "chosen": TURNS, "rejected": WRONG}, {}, USER, G, {}),
+    ("rejected-text", {"chosen": TURNS, "rejected": G}, {}, USER, G, {}),
+    ("chosen-text", {"prompt": Q, "chosen": A, "rejected": WRONG}, {}, USER, G, {}),
+    ("prompt-turns", {"prompt": [{"role": "system", "content": "Be brief."}, TURNS[0]], "chosen": TURNS[1:], "rejected": WRONG[1:]}, {}, (SYSTEM, *USER), G, {}),
+    ("system-within", {"prompt": f" {Q}\n", "chosen": [{"role": "system", "content": "Be brief."}, *TURNS], "rejected": [{"role": "system", "content": "Be brief."}, *WRONG]}, {}, (SYSTEM, *USER), G, {}),
+    ("prompt-begins", {"prompt": "Hi", "chosen": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}, *TURNS], "rejected": G}, {}, (Message("user", "Hi"), Message("assistant", "Hello"), *USER), G, {}),
+    ("sharegpt-turns", {"chosen": [{"from": "human", "value": Q}, {"from": "gpt", "value": A}], "rejected": [{"from": "human", "value": Q}, {"from": "gpt", "value": G}]}, {}, USER, G, {}),
+    ("gold-only", {"prompt": Q, "chosen": A, "rejected": 7}, {"gold_only": True}, USER, None, {}),
+    ("map", {"task": Q, "better": A, "worse": G}, {"format": "preference", "columns": {"prompt": "task", "completion": "better", "generated": "worse"}}, USER, G, {}),
+    ("map-prompt", {"task": Q, "chosen": A, "rejected": G}, {"columns": {"prompt": "task"}}, USER, G, {}),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize(
+    "row, settings, prompt, rejected, meta", [pair[1:] for pair in PAIRS], ids=[pair[0] for pair in PAIRS]
+)
+def test_preferences(tmp_path: Path, row: Any, settings: Any, prompt: Any, rejected: Any, meta: Any) -> None:
+    path = jsonl(tmp_path / "rows.jsonl", row)
+    identity = [[[m.role, m.content] for m in prompt], A, *([] if rejected is None else [rejected])]
+    expected = Example(data.content_id(identity), prompt, A, rejected, meta, f"{path}:1")
+    assert read(path, **settings) == [expected]
+
+
+def test_a_format_given_reads_ultrafeedback_without_its_pairs(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "rows.jsonl", {"prompt": Q, "chosen": TURNS, "rejected": WRONG, "messages": TURNS})
+    (example,) = read(path, format="messages")
+    assert (example.messages, example.gold, example.generated) == (USER, A, None)
+
+
+def test_pairs_with_another_rejected_answer_are_no_duplicates(tmp_path: Path) -> None:
+    pairs = [{"prompt": Q, "chosen": A, "rejected": rejected} for rejected in ("6", "7", "6")]
+    path = jsonl(tmp_path / "rows.jsonl", *pairs)
+    loaded = data.load(DataConfig(path=str(path), heldout_size=0), seed=0)
+    assert (loaded.counts["duplicates"], loaded.counts["generated"]) == (1, 2)
+    assert {example.generated for example in loaded.train} == {"6", "7"}
+    alone = data.load(DataConfig(path=str(path), heldout_size=0, gold_only=True), seed=0)
+    assert (alone.counts["duplicates"], alone.counts["generated"], len(alone.train)) == (2, 0, 1)
 
 
 def test_id_is_frozen() -> None:

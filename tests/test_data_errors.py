@@ -17,7 +17,7 @@ MEND = "; mend it, or set data.on_bad_row=skip"
 OUT = "; name yours with data.columns.prompt=… and data.columns.completion=… (or data.columns.messages=…)"
 ALL = (
     "; formats are messages (messages), prompt_completion (prompt + completion|response), question_answer (question + answer), "
-    "alpaca (instruction + output|response), sharegpt (conversations), spin (real)"
+    "alpaca (instruction + output|response), sharegpt (conversations), spin (real), preference (chosen + rejected)"
 )
 
 
@@ -85,6 +85,29 @@ BAD_ROWS: list[tuple[str, Any, dict[str, Any], str]] = [
         {"instruction": Q, "output": A, "response": A},
         {},
         "several formats or columns fit (alpaca: `instruction` + `output`; alpaca: `instruction` + `response`): "
+        "set data.format, or name yours with data.columns.prompt=… and data.columns.completion=… (or data.columns.messages=…)",
+    ),
+    ("pair-prompts", {"chosen": TURNS, "rejected": [{"role": "user", "content": "other"}, WRONG[1]]}, {}, "`rejected` answers another prompt than `chosen`; drop the row"),
+    ("pair-system", {"chosen": TURNS, "rejected": [{"role": "system", "content": "x"}, *WRONG]}, {}, "`rejected` answers another prompt than `chosen`; drop the row"),
+    ("pair-other-prompt", {"prompt": "other", "chosen": TURNS, "rejected": WRONG}, {}, "`chosen` answers another prompt than `prompt`; keep one of them"),
+    ("pair-no-prompt", {"chosen": A, "rejected": "6"}, {}, "empty prompt: `prompt` is empty, and `chosen` is an answer alone"),
+    ("pair-empty-prompt", {"question": " ", "chosen": A, "rejected": "6"}, {}, "empty prompt: `question` is empty, and `chosen` is an answer alone"),
+    ("pair-blank-prompt", {"chosen": [{"role": "user", "content": " "}, TURNS[1]], "rejected": "6"}, {}, "empty prompt: nothing is said in `chosen` before the answer"),
+    ("pair-no-chosen", {"prompt": Q, "chosen": "", "rejected": "6"}, {}, "no answer: `chosen` is empty"),
+    ("pair-no-rejected", {"prompt": Q, "chosen": A, "rejected": None}, {}, "no answer: `rejected` is empty"),
+    ("pair-blank-chosen", {"chosen": [TURNS[0], {"role": "assistant", "content": " "}], "rejected": WRONG}, {}, "no answer: the last assistant turn of `chosen` is empty"),
+    ("pair-blank-rejected", {"chosen": TURNS, "rejected": [TURNS[0], {"role": "assistant", "content": " "}]}, {}, "no answer: the last assistant turn of `rejected` is empty"),
+    ("pair-user-last", {"chosen": [*TURNS, TURNS[0]], "rejected": WRONG}, {}, "no answer: the last turn of `chosen` is by `user`, not the assistant"),
+    ("pair-user-last-rejected", {"chosen": TURNS, "rejected": [*WRONG, TURNS[0]]}, {}, "no answer: the last turn of `rejected` is by `user`, not the assistant"),
+    ("pair-user-alone", {"prompt": Q, "chosen": TURNS[:1], "rejected": WRONG}, {}, "no answer: `chosen` has no assistant turn"),
+    ("pair-number", {"prompt": Q, "chosen": 5, "rejected": "6"}, {}, "`chosen` is a number, not text"),
+    ("pair-half", {"prompt": Q, "rejected": "6"}, {}, f"no answer column beside `prompt`: found `prompt`, `rejected`{ALL}{OUT}"),
+    ("pair-format", {"prompt": Q, "completion": A}, {"format": "preference"}, f"no answer column beside `prompt`: found `completion`, `prompt`; formats are preference (chosen + rejected){OUT}"),
+    (
+        "pair-two-prompts",
+        {"prompt": Q, "question": Q, "chosen": A, "rejected": "6"},
+        {},
+        "several formats or columns fit (preference: `prompt` + `chosen` + `rejected`; preference: `question` + `chosen` + `rejected`): "
         "set data.format, or name yours with data.columns.prompt=… and data.columns.completion=… (or data.columns.messages=…)",
     ),
     ("wrong-format", {"question": Q, "answer": A}, {"format": "alpaca"}, f"no known format: found `answer`, `question`; formats are alpaca (instruction + output|response){OUT}"),

@@ -24,6 +24,8 @@ def small_recipe(out: Path, seed: int) -> dict[str, Any]:
     tree["rounds"][1] |= {"limit": 12}
     tree["rounds"][1]["train"] |= {"epochs": 1}
     tree["train"] |= {"batch_size": 8, "log_every": 2}
+    # A step with a measurement is always logged: one, or no step would go without
+    tree["controls"] = {"checks": 1}
     return tree
 
 
@@ -71,7 +73,7 @@ def test_total_seconds_are_not_those_of_the_last_process_alone(made: tuple[Path,
     """The summary is the repeated command's, which found every stage done."""
     runs = (made[0], made[0] / f"control_{demo.CONTROL_LR:g}")
     stages = [json.loads(file.read_text())["seconds"] for run in runs for file in stage_records(run)]
-    assert len(stages) == 2 + 4 + 3 * 5 + 2 + 4
+    assert len(stages) == 2 + 4 + 3 * 6 + 2 + 4
     assert sum(RunView(run).seconds for run in runs) == pytest.approx(sum(stages))
     total = json.loads((made[0] / "summary.json").read_text())["seconds"]["total"]
     assert sum(stages) - 0.1 < total

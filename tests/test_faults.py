@@ -99,6 +99,7 @@ def test_a_full_disk_in_every_stage(
         "samples": ".00001.parquet.tmp",
         "groups": ".00000.parquet.tmp",
         "frozen": ".00001.parquet.tmp",
+        "held": ".00000.parquet.tmp",
         "train": ".last.safetensors.tmp",
         "player": "model.safetensors",
         "eval": ".summary.json.tmp",

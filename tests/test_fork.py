@@ -19,7 +19,7 @@ SHARED = [
     "data",
     "start/eval",
     *(f"prep_000/{name}" for name in ("groups", "frozen", "player", "eval")),
-    *(f"round_000/{name}" for name in ("samples", "groups", "frozen")),
+    *(f"round_000/{name}" for name in ("samples", "groups", "frozen", "held")),
 ]
 
 
@@ -67,7 +67,7 @@ def test_what_happens_to_a_fork_stays_in_it(finished_run: Path, tmp_path: Path) 
     before, times = tree_hash(source), {p: p.stat().st_mtime_ns for p in files(source)}
     new = tmp_path / "new"
     shared = sparring.fork(source, new)
-    assert len(shared) == 16
+    assert len(shared) == 18
     assert sparring.run(new, ["train.save_every=1", "keep_states=true"]).best == 2
     # The player is lost, its shared log and key are still there: training writes them anew.
     shutil.rmtree(new / "round_001" / "player")
@@ -110,11 +110,11 @@ def test_without_hard_links_a_fork_copies(finished_run: Path, tmp_path: Path, mo
         raise OSError(18, "Invalid cross-device link")
 
     monkeypatch.setattr(os, "link", elsewhere)
-    assert len(sparring.fork(finished_run, tmp_path / "new")) == 16
+    assert len(sparring.fork(finished_run, tmp_path / "new")) == 18
     assert player_shas(tmp_path / "new") == player_shas(finished_run)
 
 
 def test_identity_is_settings_and_inputs_not_paths(finished_run: Path, tmp_path: Path) -> None:
     sparring.fork(finished_run, tmp_path / "one", ["spin.beta=0.5"])
     assert sparring.fork(tmp_path / "one", tmp_path / "two", ["spin.beta=0.1"]) == SHARED
-    assert len(sparring.fork(finished_run, tmp_path / "three", ["train.micro_batch=1"])) == 16
+    assert len(sparring.fork(finished_run, tmp_path / "three", ["train.micro_batch=1"])) == 18

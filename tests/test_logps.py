@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from sparring.logps import _batches, score, token_logps
+from sparring.logps import _batches, gather, score, token_logps, token_outputs
 
 PROMPTS = [list(range(3, 21)), [21, 22], [23]]
 COMPLETIONS = [[23, 24], list(range(25, 41)), [3, 4, 5]]
@@ -113,3 +113,127 @@ def test_logits_are_counted_with_the_models_vocabulary(monkeypatch: pytest.Monke
     monkeypatch.undo()
     score(model, [[5] * 9] * 5, [[7] * 5] * 5, batch_size=64)
     assert shapes[3:] == [(5, 6, 50)]
+
+
+# --- logits and hidden states
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_outputs_are_those_of_each_row_alone(name: str) -> None:
+    model = tiny(name)
+    with torch.no_grad():
+        out = token_outputs(model, PROMPTS, COMPLETIONS, hidden=True)
+        assert out.hidden is not None
+        head = model.get_output_embeddings()
+        assert out.logits.shape == (3, 16, 50) and out.hidden.shape == (3, 16, head.in_features)
+        torch.testing.assert_close(out.logps, token_logps(model, PROMPTS, COMPLETIONS), rtol=0, atol=0)
+        if name != "xlstm":  # caps what its head gives
+            torch.testing.assert_close(head(out.hidden)[0, :2], out.logits[0, :2])
+        for row, (prompt, completion) in enumerate(zip(PROMPTS, COMPLETIONS, strict=True)):
+            alone = model(input_ids=torch.tensor([[*prompt, *completion]]), use_cache=False).logits[0]
+            torch.testing.assert_close(
+                out.logits[row, : len(completion)], alone[len(prompt) - 1 : -1], atol=1e-4, rtol=1e-4
+            )
+            for values in (out.logps, out.logits, out.hidden):
+                assert not values[row, len(completion) :].any()
+
+
+def test_gradients_flow_to_log_probs_logits_and_hidden_states() -> None:
+    model = tiny("llama")
+
+    def slope(name: str, row: int) -> float:
+        model.zero_grad()
+        getattr(token_outputs(model, [[5, 6, 7], [8]], [[9], [10, 11]], hidden=True), name)[row].sum().backward()
+        return float(model.model.embed_tokens.weight.grad[[5, 8][row]].abs().sum())
+
+    for name in ("logps", "logits", "hidden"):
+        assert slope(name, 0) > 0 and slope(name, 1) > 0
+    plain = token_logps(model, [[5, 6, 7], [8]], [[9], [10, 11]])
+    model.zero_grad()
+    plain.sum().backward()
+    once = model.lm_head.weight.grad.clone()
+    model.zero_grad()
+    token_outputs(model, [[5, 6, 7], [8]], [[9], [10, 11]]).logps.sum().backward()
+    torch.testing.assert_close(model.lm_head.weight.grad, once, rtol=0, atol=0)
+
+
+def test_outputs_leave_no_hook_and_are_as_wide_as_float32() -> None:
+    model = tiny("llama").to(torch.bfloat16)
+    out = token_outputs(model, [[5]], [[9]], hidden=True)
+    assert out.logits.dtype == out.logps.dtype == torch.float32
+    assert not model.lm_head._forward_pre_hooks
+    assert token_outputs(model, [[5]], [[9]]).hidden is None
+    assert token_outputs(tiny("llama").double(), [[5]], [[9]]).logits.dtype == torch.float64
+
+
+def test_a_model_without_a_head_has_no_hidden_states_to_read() -> None:
+    model = tiny("llama")
+    model.get_output_embeddings = lambda: None
+    with pytest.raises(ValueError, match="LlamaForCausalLM: no output head was used"):
+        token_outputs(model, [[5]], [[9]], hidden=True)
+
+
+# --- hidden tokens
+
+
+V12_PROMPT = [100, 101, 2, 13]
+V12_ANSWERS = [[102, 103, 104, 2, 13, 2], [105, 2, 13, 2]]
+
+
+def test_hidden_tokens_have_the_masks_of_v12() -> None:
+    """vectors.md §9, V12: both masks; the generated row's padding is 0 as well."""
+    seen: dict[str, Any] = {}
+    model = tiny("llama", vocabulary=110)
+    model.register_forward_pre_hook(lambda _, __, inputs: seen.update(inputs), with_kwargs=True)
+    with torch.no_grad():
+        token_logps(model, [V12_PROMPT] * 2, V12_ANSWERS, hide=2)
+    assert seen["attention_mask"].tolist() == [[1, 1, 0, 1, 1, 1, 1, 0, 1, 1], [1, 1, 0, 1, 1, 0, 1, 1, 0, 0]]
+    assert seen["input_ids"].tolist() == [
+        [100, 101, 2, 13, 102, 103, 104, 2, 13, 2],
+        [100, 101, 2, 13, 105, 2, 13, 2, 0, 0],
+    ]
+    with torch.no_grad():
+        token_logps(model, [V12_PROMPT] * 2, V12_ANSWERS)
+    assert seen["attention_mask"].tolist() == [[1] * 10, [1] * 8 + [0] * 2]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_hidden_tokens_are_scored_and_not_attended_to(attention: str) -> None:
+    model = tiny("llama", vocabulary=110)
+    model.set_attn_implementation(attention)
+    prompts = [V12_PROMPT, [2, *V12_PROMPT]]
+    lines = score(model, prompts, V12_ANSWERS, batch_size=2, hide=2)
+    for line, prompt, answer in zip(lines, prompts, V12_ANSWERS, strict=True):
+        row = [*prompt, *answer]
+        mask = torch.tensor([[int(token != 2) for token in row[:-1]] + [1]])
+        with torch.no_grad():
+            table = model(input_ids=torch.tensor([row]), attention_mask=mask, use_cache=False).logits[0].log_softmax(-1)
+        assert list(line) == pytest.approx(
+            [table[len(prompt) - 1 + i, token].item() for i, token in enumerate(answer)], abs=2e-5
+        )
+    open_lines = score(model, prompts, V12_ANSWERS, batch_size=2)
+    assert abs(sum(lines[0]) - sum(open_lines[0])) > 1e-3
+    with torch.no_grad():
+        both = token_outputs(model, prompts, V12_ANSWERS, hide=2).logps
+    assert both[0].tolist() == pytest.approx(list(lines[0]), abs=2e-5)
+
+
+# --- sharpened log-probs
+
+
+def test_sharpened_log_probs_by_hand() -> None:
+    """Logits (2, 1, 0), token 0: log p = −log(1 + e^{−s} + e^{−2s})."""
+    logits, token, real = torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([0]), torch.tensor([True])
+    for sharpen, wanted in ((1.0, -0.4076059644), (2.0, -0.1429316284), (0.5, -0.6802696706)):
+        assert gather(logits, token, real, sharpen).item() == pytest.approx(wanted, abs=1e-6)
+
+
+def test_sharpened_scores_are_those_of_scaled_logits() -> None:
+    model = tiny("llama")
+    sharp = score(model, PROMPTS, COMPLETIONS, batch_size=2, sharpen=2.0)
+    model.lm_head.weight.data.mul_(2)
+    doubled = score(model, PROMPTS, COMPLETIONS, batch_size=2)
+    for line, other in zip(sharp, doubled, strict=True):
+        assert list(line) == pytest.approx(list(other), abs=1e-5)
+    with pytest.raises(ValueError, match="above 0; not 0"):
+        token_logps(model, PROMPTS, COMPLETIONS, sharpen=0.0)

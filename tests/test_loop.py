@@ -14,6 +14,7 @@ import sparring
 from helpers import character_tokenizer, recipe, write_jsonl, write_model
 from sparring import players, preview
 from sparring.config import ModelConfig
+from sparring.controls import best_of
 from sparring.errors import InputError, SparringError
 from sparring.logps import score
 from sparring.rundir.store import Rows
@@ -166,7 +167,7 @@ def test_nothing_left_to_train_on_is_an_error_not_a_silent_round(
         "from sparring.types import Paired\n"
         "def method(*, beta: float = 0.1):\n"
         "    plain = spin.method(beta=beta)\n"
-        "    return dataclasses.replace(plain, groups=lambda rows, samples, t: Paired([], {'identical': len(samples)}))\n"
+        "    return dataclasses.replace(plain, groups=lambda played: Paired([], {'identical': len(played.samples)}))\n"
     )
     with pytest.raises(
         SparringError, match=r"nothing to train on: of 12 samples all were dropped \(\{'identical': 12\}\)"
@@ -189,8 +190,8 @@ def test_bf16_compute_runs_with_float32_players(tiny_model: Path, tiny_data: Pat
 
 def test_best_is_the_last_player_within_one_standard_error() -> None:
     scores = {0: (0.50, 0.02), 1: (0.60, 0.02), 2: (0.585, 0.02), 3: (0.57, 0.02)}
-    assert sparring.best_of(scores) == 2
-    assert sparring.best_of({0: (3.0, 0.1), 1: (2.0, 0.1), 2: (2.05, 0.1), 3: (2.2, 0.1)}, lower_wins=True) == 2
+    assert best_of(scores) == 2
+    assert best_of({0: (3.0, 0.1), 1: (2.0, 0.1), 2: (2.05, 0.1), 3: (2.2, 0.1)}, lower_wins=True) == 2
 
 
 def test_a_player_is_an_ordinary_hugging_face_folder(finished_run: Path) -> None:

@@ -126,6 +126,13 @@ def test_sums_keep_small_differences_of_long_answers() -> None:
     assert difference.item() == pytest.approx(1e-5, rel=2e-2)
 
 
+def test_means_per_token() -> None:
+    """(−1 − 2·2)/3 with weights 1, 2, 0; 0 and not 0/0 for a completion that has no token."""
+    weight = torch.tensor([[[1.0, 2.0, 0.0], [0.0, 0.0, 0.0]]])
+    logps = LogProbs(torch.tensor([[[-1.0, -2.0, -3.0], [0.0, 0.0, 0.0]]]), weight)
+    assert logps.mean_BG.tolist() == [[pytest.approx(-5 / 3), 0.0]]
+
+
 def test_sft_is_the_mean_over_tokens() -> None:
     """weigh=token: sum of all token losses over their number; weigh=answer: mean of per-answer means."""
     logps = torch.tensor([[[-1.0, -2.0, -3.0]], [[-4.0, 0.0, 0.0]]])

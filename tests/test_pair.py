@@ -32,7 +32,7 @@ def test_pairs_in_order_with_targets_and_sources() -> None:
     assert {g.targets for g in made.groups} == {(1.0, 0.0)}
     assert [g.weight for g in made.groups] == [1.0, 1.0, 1.0]
     assert [g.origin_round for g in made.groups] == [5, 5, 5]
-    assert made.groups[1].sources == ("gold", "x/pppppppppppp/1")
+    assert made.groups[1].sources == ("gold", "x/pppppppppppp/0.1")
     assert made.groups[0].prompt == (7, 8)
     assert made.dropped == {}
 

@@ -219,12 +219,13 @@ def test_frequencies_are_the_models_probabilities(llama: Any) -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_log_probs_are_those_of_an_unpadded_forward_pass(name: str) -> None:
-    model = tiny(name)
+    # In float64: rounding alone, which fresh Mamba weights blow up to 3e-5 in float32, would hide a wrong mask
+    model = tiny(name).double()
     got = answers(model, PROMPTS, batch_size=16)
     assert {a.finish for a in got} == {"stop", "length"}  # rows leave the batch at different times
     for prompt, answer in zip(PROMPTS, got, strict=True):
         wanted = teacher_forced(model, prompt, answer.tokens)
-        assert answer.logps == pytest.approx(wanted.tolist(), abs=1e-5)
+        assert answer.logps == pytest.approx(wanted.tolist(), abs=2e-6)
         ended = END in answer.tokens
         assert answer.finish == ("stop" if ended else "length")
         assert answer.tokens.index(END) == len(answer.tokens) - 1 if ended else len(answer.tokens) == 12
@@ -405,7 +406,7 @@ def test_play_gives_every_row_its_samples(llama: Any) -> None:
     settings = PlayConfig(samples=3, max_new_tokens=12, batch_size=7)
     renderer: Any = Letters()
     got = play(llama, rows(5), Player("p", 1, "f" * 64), settings, renderer, seed=4, round=1)
-    assert [s.id for s in got] == [f"id{i}/{'f' * 12}/{k}" for i in range(5) for k in range(3)]
+    assert [s.id for s in got] == [f"id{i}/{'f' * 12}/1.{k}" for i in range(5) for k in range(3)]
     assert {(s.seed, s.player) for s in got} == {(4, "f" * 64)}
     keys = [key(4, 1, f"id{i}", k) for i in range(5) for k in range(3)]
     plain = answers(llama, [PROMPTS[i] for i in range(5) for _ in range(3)], keys)

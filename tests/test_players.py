@@ -83,11 +83,42 @@ def test_an_adapter_is_told_apart_from_a_model(folder: Path, tmp_path: Path) -> 
     adapter.mkdir()
     save_file({"a": torch.zeros(1)}, str(adapter / "adapter_model.safetensors"))
     for place in (adapter, folder):
-        edit(place / "adapter_config.json", peft_type="LORA", base_model_name_or_path="x")
-        with pytest.raises(InputError, match="a LoRA adapter, not a whole model; merge it into its base first"):
-            players.identify(str(place))
-    with pytest.raises(InputError, match="a LoRA adapter"):
-        players.load_model(str(folder), CPU)
+        edit(place / "adapter_config.json", peft_type="LORA", base_model_name_or_path="./x")
+    with pytest.raises(InputError, match=rf"^{adapter}: its base is not there: x: no such model folder"):
+        players.identify(str(adapter))
+    for act in (players.identify, lambda path: players.load_model(path, CPU)):
+        with pytest.raises(InputError) as error:
+            act(str(folder))
+        assert str(error.value) == (
+            f"{folder}: holds a whole model and a LoRA adapter; move adapter_config.json and adapter_model.safetensors, or "
+            "the rest, to a folder of their own"
+        )
+    edit(adapter / "adapter_config.json", peft_type="IA3")
+    with pytest.raises(InputError, match="an adapter of kind IA3; only LoRA adapters are read, merge it into its base"):
+        players.identify(str(adapter))
+    (adapter / "adapter_config.json").write_text("{bad")
+    with pytest.raises(InputError, match=r"adapter_config\.json: cannot read it: "):
+        players.identify(str(adapter))
+
+
+def test_an_adapter_on_the_hub_is_refused(hub: Path, tiny_model: Path) -> None:
+    """transformers would load it on a base that nobody checked, and leave both to be trained."""
+    place = hub / "snapshots" / ("a" * 40)
+    (place / "model.safetensors").unlink()
+    edit(
+        place / "adapter_config.json",
+        peft_type="LORA",
+        base_model_name_or_path=str(tiny_model),
+        target_modules=["q_proj"],
+        r=1,
+    )
+    names = {"A": (1, 16), "B": (16, 1)}
+    path = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
+    save_file(
+        {path.format(x): torch.ones(shape) for x, shape in names.items()}, str(place / "adapter_model.safetensors")
+    )
+    with pytest.raises(InputError, match=r"^someone/tiny: a LoRA adapter on the Hub; download it and give its folder"):
+        players.load_model("someone/tiny", CPU)
 
 
 def test_bf16_weights_become_float32_masters(folder: Path) -> None:

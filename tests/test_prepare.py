@@ -15,6 +15,7 @@ import sparring
 from helpers import cli, recipe, write_jsonl, write_recipe
 from rundirs import records, refused
 from sparring import api
+from sparring.controls import best_of
 from sparring.errors import InputError
 from sparring.plan import Stage, first_round
 from sparring.rundir import RunDir
@@ -87,12 +88,16 @@ def test_auto_precision_is_settled_once(tiny_recipe: dict[str, Any], monkeypatch
 OWN = """
 import dataclasses
 from sparring.methods import spin
+from sparring.types import Turn
 
 def anchored():
     return dataclasses.replace(spin.method(), name="anchored", frozen=("anchor",))
 
 def judged():
-    return dataclasses.replace(spin.method(), name="judged", plays="judge")
+    return dataclasses.replace(spin.method(), name="judged", plays=(Turn("judge"),))
+
+def mixed():
+    return dataclasses.replace(spin.method(), name="mixed", plays=(Turn(mixed_with="anchor", share=0.5),))
 
 def startless():
     return dataclasses.replace(spin.method(), name="startless", roles=lambda t: {"opponent": t, "reference": t})
@@ -107,8 +112,9 @@ def roleless():
     [
         ("anchored", "anchor", "opponent, reference, start"),
         ("judged", "judge", "opponent, reference, start"),
+        ("mixed", "anchor", "opponent, reference, start"),
         ("startless", "start", "opponent, reference"),
-        ("roleless", "start", "none"),
+        ("roleless", "opponent", "none"),
     ],
 )
 def test_a_method_that_lacks_a_role_is_refused(
@@ -154,9 +160,9 @@ def test_the_git_state_is_the_packages_own(monkeypatch: pytest.MonkeyPatch, tmp_
 
 
 def test_one_held_out_prompt_has_no_error_and_still_a_best(tiny_recipe: dict[str, Any]) -> None:
-    assert api.best_of({0: (0.5, None), 1: (0.4, None)}) == 0
-    assert api.best_of({0: (0.5, None), 1: (0.5, 0.1)}) == 1
-    assert api.best_of({0: (2.0, None), 1: (2.5, 0.1)}, lower_wins=True) == 0
+    assert best_of({0: (0.5, None), 1: (0.4, None)}) == 0
+    assert best_of({0: (0.5, None), 1: (0.5, 0.1)}) == 1
+    assert best_of({0: (2.0, None), 1: (2.5, 0.1)}, lower_wins=True) == 0
     view = sparring.run(tiny_recipe, ["data.heldout_size=1", "evaluate.best=gold_nll"])
     means = {n: (view.evaluation(n) or {})["gold_nll"] for n in (0, 1, 2)}
     assert {figure["se"] for figure in means.values()} == {None}

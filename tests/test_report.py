@@ -122,7 +122,7 @@ def test_verdict_does_not_pair_items_that_are_not_those_of_the_summary() -> None
     ("rule", "figures", "detail"),
     [
         ("greedy", evaluations(0.4, 0.6), "The best player was chosen by held-out greedy accuracy. "),
-        ("auto", evaluations(None, None), "The last player counts as the best. "),
+        ("auto", evaluations(None, None), "The last player that no guard stopped counts as the best. "),
         ("gold_nll", evaluations(0.4, 0.6), "The best player was chosen by held-out gold_nll. "),
     ],
 )
@@ -276,3 +276,16 @@ def test_a_chart_takes_the_page_s_colours_and_keeps_its_ids_apart() -> None:
 )
 def test_ticks(value: float, shown: str) -> None:
     assert tick(value) == shown
+
+
+def test_what_the_controls_did_is_told_and_drawn(tmp_path: Path) -> None:
+    quiet = Parsed(page(run_view(tmp_path), {}))
+    assert "Controls:" not in quiet.text
+    run = run_view(tmp_path, control_lines=lambda: ["round 1: ended early, after 12 of <b>100</b> steps"])
+    for turn in run.rounds:
+        turn.log = [{**row, "held_kl": 0.01 * row["step"]} for row in turn.log[::10]]
+    told = Parsed(page(run, {}))
+    assert "Controls: round 1: ended early, after 12 of <b>100</b> steps." in told.text
+    chart = next(chart for chart in by_step(run) if chart.title == "Held-out KL")
+    points = [y for _, y, _ in chart.lines[0].points if math.isfinite(y)]
+    assert points[0] == pytest.approx(0.01 * run.rounds[0].log[0]["step"])

@@ -21,7 +21,7 @@ from sparring.rundir import RunDir
 from sparring.rundir.store import read_json, write_json
 from sparring.rundir.view import RunView
 
-LATER = [f"round_001/{name}" for name in ("samples", "groups", "frozen", "player", "eval")]
+LATER = [f"round_001/{name}" for name in ("samples", "groups", "frozen", "held", "player", "eval")]
 
 
 @pytest.fixture
@@ -62,15 +62,16 @@ def test_a_changed_setting_names_what_it_touches(copied: Path) -> None:
         "round_001/samples: its input player 1 (opponent) changes",
         "round_001/groups: its input round_001/samples changes",
         "round_001/frozen: its input player 1 (reference) changes; its input round_001/groups changes",
+        "round_001/held: its input player 1 (start) changes",
         "round_001/player: spin.beta: 0.1 → 0.5; its input player 1 (start) changes; "
-        "its input round_001/frozen changes; its input round_001/groups changes",
+        "its input round_001/frozen changes; its input round_001/groups changes; its input round_001/held changes",
         "round_001/eval: its input round_001/player changes",
     ]
     touched = refused(copied, "spin.beta=[0.1, 0.5]")
     assert touched == ["round_001/player: spin.beta: 0.1 → 0.5", "round_001/eval: its input round_001/player changes"]
     touched = refused(copied, "evaluate.samples=2")
     assert touched == [f"{f}/eval: evaluate.samples: 1 → 2" for f in ("start", "prep_000", "round_000", "round_001")]
-    assert len(refused(copied, "seed=1")) == 16
+    assert len(refused(copied, "seed=1")) == 18
 
 
 def test_execution_settings_and_more_rounds_touch_nothing(copied: Path) -> None:
@@ -159,7 +160,7 @@ def test_a_tampered_player_is_refused(copied: Path) -> None:
 def test_a_newer_format_is_refused(copied: Path, tiny_recipe: dict[str, Any]) -> None:
     write_json(copied / "env.json", read_json(copied / "env.json") | {"format": 99})
     before = tree_hash(copied)
-    message = r"run format 99 is newer than this version of sparring knows \(1\); upgrade sparring"
+    message = r"run format 99 is newer than this version of sparring knows \(2\); upgrade sparring"
     for call in (
         lambda: sparring.run(copied),
         lambda: sparring.run(tiny_recipe, out=copied),

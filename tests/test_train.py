@@ -6,6 +6,7 @@ import math
 import random
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,8 +15,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from sparring import methods
 from sparring.config import TrainConfig
 from sparring.errors import NonFiniteError, SparringError
+from sparring.gradient import Setting, gradient
 from sparring.logps import score, token_logps
-from sparring.train import batch_rows, gradient, lr_factor, make_optimizer, total_steps, train
+from sparring.train import batch_rows, last_step, lr_factor, make_optimizer, total_steps, train
 from sparring.types import Batch, Frozen, Group, LogProbs
 
 VOCAB = 31
@@ -99,7 +101,7 @@ def run(
     **settings: object,
 ) -> None:
     method = methods.make("spin", {"beta": beta})
-    train(model, groups, frozen, method.loss, method.metrics, TrainConfig(**settings), states, seed=1)  # type: ignore[arg-type]
+    train(model, groups, frozen, method, TrainConfig(**settings), states, seed=1)  # type: ignore[arg-type]
 
 
 def flat(model: torch.nn.Module) -> torch.Tensor:
@@ -175,7 +177,7 @@ def test_one_step_equals_trl(tmp_path: object, monkeypatch: pytest.MonkeyPatch) 
     groups = pairs(6, seed=3)
     policy, reference = llama(0), llama(7)
     method = methods.make("spin", {"beta": 0.1})
-    got = gradient(policy, groups, frozen_under(reference, groups), method.loss, method.metrics, micro_batch=2)
+    got = gradient(policy, groups, frozen_under(reference, groups), method, micro_batch=2)
     norm = float(torch.nn.utils.get_total_norm([p.grad for p in policy.parameters() if p.grad is not None]))
 
     rows = [
@@ -237,7 +239,7 @@ def test_micro_batches_do_not_change_loss_and_gradient_in_float32() -> None:
     figures = []
     for micro_batch in (8, 4, 2, 1):
         model = llama()
-        got = gradient(model, groups, frozen, method.loss, method.metrics, micro_batch=micro_batch)
+        got = gradient(model, groups, frozen, method, micro_batch=micro_batch)
         figures.append((got, torch.cat([p.grad.flatten() for p in model.parameters()])))
     (first, gradient_), rest = figures[0], figures[1:]
     by_hand = [method_loss(groups[i], frozen["reference"][i]) for i in range(8)]
@@ -266,9 +268,7 @@ def test_a_weight_of_two_is_the_pair_twice() -> None:
     found = []
     for some in (doubled, weighed):
         model = llama(0, torch.float64)
-        got = gradient(
-            model, some, frozen_under(llama(7, torch.float64), some), method.loss, method.metrics, micro_batch=3
-        )
+        got = gradient(model, some, frozen_under(llama(7, torch.float64), some), method, micro_batch=3)
         found.append((got.loss, torch.cat([p.grad.flatten() for p in model.parameters()])))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-12)
     assert torch.allclose(found[0][1], found[1][1], rtol=1e-9, atol=1e-14)
@@ -302,8 +302,8 @@ def test_bf16_compute_keeps_float32_masters() -> None:
     reference = frozen_under(llama(7), groups)
     method = methods.make("spin", {"beta": 0.5})
     model = llama()
-    exact = gradient(llama(), groups, reference, method.loss, method.metrics, micro_batch=8)
-    rough = gradient(model, groups, reference, method.loss, method.metrics, micro_batch=8, compute=torch.bfloat16)
+    exact = gradient(llama(), groups, reference, method, micro_batch=8)
+    rough = gradient(model, groups, reference, method, micro_batch=8, setting=Setting(torch.bfloat16))
     assert rough.loss != exact.loss
     assert rough.loss == pytest.approx(exact.loss, rel=0.05)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
@@ -324,7 +324,9 @@ def test_a_method_that_gives_another_shape_is_told(part: str) -> None:
     with pytest.raises(
         SparringError, match=re.escape(f"{part} has shape [4, 1]; one number per group, [4], is wanted")
     ):
-        gradient(llama(), groups, frozen_under(llama(), groups), loss, metrics, micro_batch=4)
+        gradient(
+            llama(), groups, frozen_under(llama(), groups), replace(method, loss=loss, metrics=metrics), micro_batch=4
+        )
 
 
 # --- schedule and optimizer ------------------------------------------------------------------------------------------
@@ -348,6 +350,20 @@ def test_v17_linear_schedule(epochs: int, rows: int, total: int, warmup: int, af
     assert lr_factor(0, total, settings) == 0.0
 
 
+def test_an_early_last_epoch_leaves_the_schedule_alone() -> None:
+    """The released SPIN stops after 2 of 6 epochs, at 3.7039e-7 of a peak of 5e-7 (vectors V17)."""
+    settings = TrainConfig(epochs=6, stop_epoch=2, lr=5e-7, warmup=0.1, schedule="linear", batch_size=64)
+    assert (total_steps(49_792, settings), last_step(49_792, settings)) == (4_668, 1_556)
+    assert settings.lr * lr_factor(1_556, 4_668, settings) == pytest.approx(3.7039e-7, abs=5e-12)
+    assert last_step(100, TrainConfig(epochs=2, stop_epoch=5, batch_size=64)) == 4
+    assert last_step(100, TrainConfig(epochs=6, stop_epoch=2, max_steps=3, batch_size=64)) == 3
+    groups = pairs(8)
+    frozen = frozen_under(llama(7), groups)
+    states = Memory()
+    run(llama(), groups, frozen, states, epochs=3, stop_epoch=2, batch_size=4, lr=1e-3, warmup=0.0)
+    assert [row["lr"] for row in states.rows] == pytest.approx([1e-3 * (6 - s) / 6 for s in range(4)])
+
+
 def test_a_round_of_one_step_moves() -> None:
     assert lr_factor(0, 1, TrainConfig(warmup=0.1)) == 1.0
     assert [lr_factor(s, 2, TrainConfig(warmup=5.0)) for s in (0, 1)] == [0.0, 1.0]
@@ -365,7 +381,7 @@ def test_cosine_constant_floor_and_counted_warmup() -> None:
 def test_v17_rmsprop_first_step() -> None:
     model = torch.nn.Linear(2, 1, bias=False).double()
     before = model.weight.detach().clone()
-    optimizer = make_optimizer(model, TrainConfig(optimizer="rmsprop", lr=5e-7))
+    optimizer = make_optimizer(model.parameters(), TrainConfig(optimizer="rmsprop", lr=5e-7))
     model.weight.grad = torch.tensor([[3.0, -0.02]], dtype=torch.float64)
     optimizer.step()
     moved = (model.weight.detach() - before)[0].tolist()
@@ -374,7 +390,7 @@ def test_v17_rmsprop_first_step() -> None:
 
 def test_adamw_decays_matrices_only() -> None:
     model = torch.nn.Linear(2, 2).double()
-    optimizer = make_optimizer(model, TrainConfig(optimizer="adamw", lr=0.1, weight_decay=0.5))
+    optimizer = make_optimizer(model.parameters(), TrainConfig(optimizer="adamw", lr=0.1, weight_decay=0.5))
     weight, bias = model.weight.detach().clone(), model.bias.detach().clone()
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)

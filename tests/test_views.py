@@ -97,6 +97,12 @@ def test_status_shows_stages_figures_best_player_and_size(tmp_path: Path) -> Non
     ]
 
 
+def test_status_tells_what_the_controls_did(tmp_path: Path) -> None:
+    said = ["round 0: ended early, after 3 of 9 steps", "round 1 was not begun: [red]because"]
+    shown = lines(views.status(run_view(tmp_path, control_lines=lambda: said)))
+    assert shown[shown.index(said[0]) - 1 :][:4] == ["", *said, ""]
+
+
 def test_results_end_with_the_controls_and_take_plain_rows() -> None:
     rows = [{"player": 0, "made_by": "sft", "sampled": 0.4, "greedy": 0.5, "gold_nll": 12.0}]
     shown = lines(views.results(rows, {"same steps, [red]SFT": summary(0.42, 0.5, 11.5)}))
@@ -121,10 +127,10 @@ def test_groups_show_targets_roles_and_where_replayed_samples_came_from() -> Non
     old = sample("aa", "It is 7.", 0)
     replayed = group("aa", old, 1, origin=0)
     run = run_view(Path("."), rounds=[round_view(0, "spin", [old]), round_view(1, "spin", [], [replayed])])
-    shown = lines(views.show_groups(run, 1, 5))
+    shown = lines(views.show_groups(run, 1, 5), width=140)
     assert shown[0] == "aa  weight 1  replayed from round 0"
     assert shown[3].split("  ")[0] == " gold, target 1, reference log p -1.50"
-    assert shown[3].endswith("sample, stop, target 0, reference log p -4.50")
+    assert shown[3].endswith("opponent of round 0, stop, target 0, reference log p -4.50")
     assert shown[5].endswith("It is 7.")
 
 

@@ -1,0 +1,82 @@
+"""Every method runs like any other: two rounds on a tiny model, values at θ = θ_t, players as adapters, a killed run."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import sparring
+from helpers import recipe, rows, write_jsonl
+from sparring import methods
+
+NEEDS: dict[str, dict[str, Any]] = {
+    "dpo": {"pairs": "gold"},
+    "kto": {"answers": "gold"},
+    "spin_official": {"max_length": 128, "max_prompt_length": 64},
+    "upft": {"prefix_tokens": 3, "full_share": 0.5},
+}
+"""Settings without which a method has nothing to do on prompts with gold answers alone."""
+SCORED = ("sppo", "inpo", "mnpo", "nash_md", "spo")
+FIRST = {
+    # vectors.md §7: the loss of a round's first step, where the learner is the reference
+    "spin": math.log(2),
+    "exspin": math.log(2),
+    "dpo": math.log(2),
+    "drift": math.log(2),
+    "ditto": math.log(2),
+    "sera": math.log(2),
+    "tpaw": math.log(2),
+    "space": 2.2493405784,
+    "gsil": 0.1269280110 + 2.1269280110,
+    "spif": 2.0,
+    "kto": 0.5,
+    "spo": 0.0,
+}
+
+
+@pytest.fixture(scope="module")
+def scorer(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Longer answers win."""
+    path = tmp_path_factory.mktemp("scorer") / "longer.py"
+    path.write_text(
+        "from sparring.judge.score import wins_from_scores\n"
+        "def wins(example, answers):\n    return wins_from_scores([len(a) / 4 for a in answers])\n"
+    )
+    return f"{path}:wins"
+
+
+def tree(name: str, run: Path, model: Path, data: Path, scorer: str, **model_settings: Any) -> dict[str, Any]:
+    entry = {"method": name, "repeat": 2, **NEEDS.get(name, {}), **({"scorer": scorer} if name in SCORED else {})}
+    if name == "drift":
+        entry["oal"] = 0.0
+    made = recipe(run, model, data, rounds=[entry], play={"samples": 3}, train={"lr": 1e-4, "batch_size": 64})
+    return made | {"model": made["model"] | model_settings}
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_two_rounds(name: str, tmp_path: Path, tiny_model: Path, scorer: str) -> None:
+    data = write_jsonl(tmp_path / "data.jsonl", rows(12))
+    view = sparring.run(tree(name, tmp_path / "run", tiny_model, data, scorer))
+    assert [view.made_by(n) for n in (1, 2)] == [name, name]
+    assert len({view.players[n].sha for n in (0, 1, 2)}) == 3  # nobody stood still
+    first = view.rounds[0].log[0]
+    if name in FIRST:
+        assert first["loss"] == pytest.approx(FIRST[name], abs=1e-5)
+    recorded = json.loads((view.rounds[1].path / "roles.json").read_text())
+    assert recorded["start"]["sha"] == view.players[1].sha
+
+
+@pytest.mark.parametrize("name", ["spin", "tpaw", "t_spin", "dpo", "kto", "dnpo", "nash_md", "pairwise_cringe"])
+def test_with_adapters(name: str, tmp_path: Path, tiny_model: Path, scorer: str) -> None:
+    """Losses read one reference, three, none; couple groups; keep the reference's logits; mix two players' logits."""
+    data = write_jsonl(tmp_path / "data.jsonl", rows(12))
+    view = sparring.run(tree(name, tmp_path / "run", tiny_model, data, scorer, lora_rank=4))
+    for number in (1, 2):
+        assert (Path(view.players[number].path) / "adapter_model.safetensors").exists()
+        assert not (Path(view.players[number].path) / "model.safetensors").exists()
+    if name in FIRST:
+        assert view.rounds[0].log[0]["loss"] == pytest.approx(FIRST[name], abs=1e-5)
