@@ -190,7 +190,7 @@ def _round(
     name = identity(settings.method)
     shared: dict[str, Any] = {"limit": settings.limit, "play.max_new_tokens": settings.play.max_new_tokens}
     prompts: dict[str, Any] = {"model.chat_template": _template(config)} | shared
-    compute = {"model.compute": config.model.compute}
+    compute: dict[str, Any] = {"model.compute": config.model.compute}
     depends = settings.hyper if method.pairing is None else method.pairing
     stages: list[Stage] = []
     if draft.turns:
@@ -226,10 +226,9 @@ def _round(
     if "frozen_logits" in method.needs:
         inputs |= player(*draft.frozen)
     if method.guarded and config.controls.guards:
-        reading: dict[str, Any] = (
-            {"seed": config.seed, "round": t, "prompts": config.controls.prompts} | prompts | compute
-        )
-        reading = {k: v for k, v in reading.items() if k != "limit"} | {"play.temperature": settings.play.temperature}
+        # All held-out prompts are read, so the round's `limit` says nothing here
+        reading = {"seed": config.seed, "round": t, "prompts": config.controls.prompts} | compute
+        reading |= {k: v for k, v in prompts.items() if k != "limit"} | {"play.temperature": settings.play.temperature}
         held = Stage(f"{folder}/held", "held", reading, {"data": data.key} | player("start"))
         stages.append(held)
         inputs |= _keys([held])
