@@ -26,6 +26,7 @@ DEFAULTS: dict[str, Any] = {
         "chat_template": None,
         "compute": "auto",
         "attention": None,
+        "logps": "auto",
         "device": "auto",
         "threads": None,
         "trust_remote_code": False,
@@ -74,7 +75,8 @@ DEFAULTS: dict[str, Any] = {
         "stop_epoch": None,
         "max_steps": None,
         "batch_size": 64,
-        "micro_batch": 8,
+        "micro_batch": 64,
+        "micro_tokens": 4096,
         "clip": 1.0,
         "gradient_checkpointing": False,
         "save_every": 100,
@@ -102,10 +104,10 @@ DEFAULTS: dict[str, Any] = {
 SPIN = {"beta": 0.1, "loss": "logistic", "memory": 0, "memory_weight": 1.0, "duplicates": "weight"}
 EXECUTION = {
     "config": {"run", "keep_states"},
-    "model": {"attention", "device", "threads"},
+    "model": {"attention", "logps", "device", "threads"},
     "data": set(),
     "play": {"batch_size"},
-    "train": {"micro_batch", "gradient_checkpointing", "save_every", "log_every"},
+    "train": {"micro_batch", "micro_tokens", "gradient_checkpointing", "save_every", "log_every"},
     "evaluate": {"best"},
     "controls": set(),
 }
@@ -134,7 +136,7 @@ def test_execution_fields_are_no_part_of_identity() -> None:
     sections: dict[str, type[Section]] = {"config": Config, **SECTIONS}
     for name, section in sections.items():
         assert set(section.model_fields) - set(section().identity()) == EXECUTION[name], name
-    fast = TrainConfig(micro_batch=1, gradient_checkpointing=True, save_every=7, log_every=9)
+    fast = TrainConfig(micro_batch=1, micro_tokens=1, gradient_checkpointing=True, save_every=7, log_every=9)
     assert fast.identity() == TrainConfig().identity() != TrainConfig(lr=1e-6).identity()
 
 

@@ -10,7 +10,8 @@ import torch
 import transformers
 from torch import Tensor
 
-from sparring.logps import _batches, gather, score, token_logps, token_outputs
+from sparring import packed
+from sparring.logps import batches, gather, plain_token_logps, score, token_logps, token_outputs, use_plain
 
 PROMPTS = [list(range(3, 21)), [21, 22], [23]]
 COMPLETIONS = [[23, 24], list(range(25, 41)), [3, 4, 5]]
@@ -50,11 +51,11 @@ def tiny(name: str, vocabulary: int = 50) -> Any:
 
 
 def fed(model: Any, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> dict[str, Any]:
-    """What `token_logps` calls the model with."""
+    """What the plain path calls the model with."""
     seen: dict[str, Any] = {}
     hook = model.register_forward_pre_hook(lambda _, __, inputs: seen.update(inputs), with_kwargs=True)
     with torch.no_grad():
-        token_logps(model, prompts, completions)
+        plain_token_logps(model, prompts, completions)
     hook.remove()
     return {name: value.tolist() if isinstance(value, Tensor) else value for name, value in seen.items()}
 
@@ -94,24 +95,26 @@ def test_empty_completions_have_no_log_probs() -> None:
     assert score(model, [], [], batch_size=4) == []
 
 
-def test_a_batch_is_bounded_by_rows_and_by_logits() -> None:
-    sizes = [(2, 5), (4, 6), (1, 8), (5, 9), (5, 9), (5, 9), (1, 40)]
-    assert list(_batches(sizes, 3, 10**9)) == [(0, 3), (3, 6), (6, 7)]
-    # rows × (longest row − shortest prompt + 1): two of the first are 2 × 5; the third alone has 8, the last 40
-    assert list(_batches(sizes, 3, 10)) == [(0, 2), (2, 3), (3, 5), (5, 6), (6, 7)]
-    assert list(_batches([], 3, 10)) == []
+def test_a_batch_is_bounded_by_rows_and_by_tokens() -> None:
+    tokens, rows = [5, 6, 8, 9, 9, 9, 40], [1, 1, 1, 1, 2, 1, 1]
+    assert batches(tokens, rows, 3, 10**9) == [range(0, 3), range(3, 5), range(5, 7)]
+    assert batches(tokens, rows, 9, 18) == [range(0, 2), range(2, 4), range(4, 6), range(6, 7)]
+    assert batches(tokens, rows, 1, 10**9) == [range(i, i + 1) for i in range(7)]
+    assert batches([], [], 3, 10) == []
 
 
-def test_logits_are_counted_with_the_models_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sparring.logps._MOST_LOGITS", 50 * 12)
+def test_the_plain_path_counts_logits_with_the_models_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed, "MOST_LOGITS", 50 * 28)
     model = tiny("llama")
+    use_plain(model)
     shapes: list[tuple[int, ...]] = []
     model.lm_head.register_forward_hook(lambda _, __, out: shapes.append(tuple(out.shape)))
-    lines = score(model, [[5] * 9] * 5, [[7] * 5] * 5, batch_size=64)
+    prompts = [[5] * 8 + [i] for i in range(5)]
+    lines = score(model, prompts, [[7] * 5] * 5, batch_size=64)
     assert shapes == [(2, 6, 50), (2, 6, 50), (1, 6, 50)]
     assert [len(line) for line in lines] == [5] * 5
     monkeypatch.undo()
-    score(model, [[5] * 9] * 5, [[7] * 5] * 5, batch_size=64)
+    score(model, prompts, [[7] * 5] * 5, batch_size=64)
     assert shapes[3:] == [(5, 6, 50)]
 
 
@@ -126,7 +129,7 @@ def test_outputs_are_those_of_each_row_alone(name: str) -> None:
         assert out.hidden is not None
         head = model.get_output_embeddings()
         assert out.logits.shape == (3, 16, 50) and out.hidden.shape == (3, 16, head.in_features)
-        torch.testing.assert_close(out.logps, token_logps(model, PROMPTS, COMPLETIONS), rtol=0, atol=0)
+        torch.testing.assert_close(out.logps, plain_token_logps(model, PROMPTS, COMPLETIONS), rtol=0, atol=0)
         if name != "xlstm":  # caps what its head gives
             torch.testing.assert_close(head(out.hidden)[0, :2], out.logits[0, :2])
         for row, (prompt, completion) in enumerate(zip(PROMPTS, COMPLETIONS, strict=True)):
@@ -148,7 +151,7 @@ def test_gradients_flow_to_log_probs_logits_and_hidden_states() -> None:
 
     for name in ("logps", "logits", "hidden"):
         assert slope(name, 0) > 0 and slope(name, 1) > 0
-    plain = token_logps(model, [[5, 6, 7], [8]], [[9], [10, 11]])
+    plain = plain_token_logps(model, [[5, 6, 7], [8]], [[9], [10, 11]])
     model.zero_grad()
     plain.sum().backward()
     once = model.lm_head.weight.grad.clone()
@@ -186,14 +189,14 @@ def test_hidden_tokens_have_the_masks_of_v12() -> None:
     model = tiny("llama", vocabulary=110)
     model.register_forward_pre_hook(lambda _, __, inputs: seen.update(inputs), with_kwargs=True)
     with torch.no_grad():
-        token_logps(model, [V12_PROMPT] * 2, V12_ANSWERS, hide=2)
+        plain_token_logps(model, [V12_PROMPT] * 2, V12_ANSWERS, hide=2)
     assert seen["attention_mask"].tolist() == [[1, 1, 0, 1, 1, 1, 1, 0, 1, 1], [1, 1, 0, 1, 1, 0, 1, 1, 0, 0]]
     assert seen["input_ids"].tolist() == [
         [100, 101, 2, 13, 102, 103, 104, 2, 13, 2],
         [100, 101, 2, 13, 105, 2, 13, 2, 0, 0],
     ]
     with torch.no_grad():
-        token_logps(model, [V12_PROMPT] * 2, V12_ANSWERS)
+        plain_token_logps(model, [V12_PROMPT] * 2, V12_ANSWERS)
     assert seen["attention_mask"].tolist() == [[1] * 10, [1] * 8 + [0] * 2]
 
 

@@ -244,7 +244,7 @@ def test_a_cuda_device_must_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_out_of_gpu_memory_is_told_in_one_line() -> None:
     assert told(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\n…")) == (
-        "out of GPU memory; lower train.micro_batch or play.batch_size (neither changes results) and try again",
+        "out of GPU memory; lower train.micro_tokens or play.batch_size (neither changes results) and try again",
         1,
     )
     assert told(RuntimeError("anything else")) is None

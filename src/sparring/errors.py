@@ -41,7 +41,7 @@ def told(error: Exception) -> tuple[str, int] | None:
     # torch's class, which is known by name: this module is imported where torch is not
     if type(error).__name__ == "OutOfMemoryError":
         return (
-            "out of GPU memory; lower train.micro_batch or play.batch_size (neither changes results) and try again",
+            "out of GPU memory; lower train.micro_tokens or play.batch_size (neither changes results) and try again",
             1,
         )
     where = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -9,8 +10,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from sparring.attention import packed
 from sparring.errors import SparringError
-from sparring.logps import token_logps, token_outputs
+from sparring.logps import batches, packs, token_logps, token_outputs
 from sparring.types import Batch, Frozen, Group, LogProbs
 
 
@@ -63,12 +65,14 @@ def gradient(
     objective: Objective,
     *,
     micro_batch: int,
+    micro_tokens: int = 4096,
     setting: Setting = Setting(),
     keys: Sequence[int] = (),
 ) -> Gradient:
     """Accumulate the gradient of one optimizer batch; the split into micro-batches does not change it.
 
-    Micro-batches hold groups of similar length, so that little of them is padding. A coupled objective is given the
+    Micro-batches hold groups of similar length, as many as have `micro_tokens` tokens but no more than `micro_batch`. A
+    coupled objective is given the
     whole batch's log-probs, taken without a graph; their gradient is then carried through the model by micro-batches,
     which is exact and costs one more forward pass.
     """
@@ -76,13 +80,18 @@ def gradient(
     device, dtype = first.device, torch.promote_types(first.dtype, torch.float32)
     total = sum(group.weight for group in groups)
     order = sorted(range(len(groups)), key=lambda i: (_length(groups[i]), i))
-    parts = [order[at : at + micro_batch] for at in range(0, len(order), micro_batch)]
+    sizes = [len(groups[i].prompt) + sum(map(len, groups[i].completions)) for i in order]
+    spans = batches(sizes, [1] * len(order), micro_batch, micro_tokens)
+    parts = [[order[at] for at in span] for span in spans]
 
     def batch_of(rows: Sequence[int]) -> tuple[list[Group], Batch]:
         held = {role: [table[i] for i in rows] for role, table in frozen.items()}
         chosen = [groups[i] for i in rows]
         return chosen, collate(chosen, held, device, dtype, [keys[i] for i in rows] if keys else (), setting.extras)
 
+    logits = "policy_logits" in objective.needs
+    # Checkpointed layers are computed again in the backward pass, and must find the same attention then
+    fast = setting.hide is None and not logits and not setting.companions and packs(model)
     sums: dict[str, Tensor] = {}
 
     def account(policy: LogProbs, batch: Batch) -> None:
@@ -92,34 +101,35 @@ def gradient(
         for name, figure in {"loss": value.detach(), **_means(share_B, objective.metrics(policy, batch))}.items():
             sums[name] = sums.get(name, torch.zeros((), dtype=figure.dtype, device=device)) + figure
 
-    if objective.coupled:
-        _, batch = batch_of(order)
-        with torch.no_grad():
-            leaf = torch.zeros(batch.tokens_BGT.shape, dtype=dtype, device=device)
-            for at, rows in enumerate(parts):
+    with packed(model) if fast else contextlib.nullcontext():
+        if objective.coupled:
+            _, batch = batch_of(order)
+            with torch.no_grad():
+                leaf = torch.zeros(batch.tokens_BGT.shape, dtype=dtype, device=device)
+                for span, rows in zip(spans, parts, strict=True):
+                    part, small = batch_of(rows)
+                    got = policy_logps(model, part, small, setting).token_BGT
+                    leaf[span.start : span.stop, : got.shape[1], : got.shape[2]] = got
+            leaf.requires_grad_()
+            account(LogProbs(leaf, batch.token_weight_BGT), batch)
+            assert leaf.grad is not None
+            for span, rows in zip(spans, parts, strict=True):
                 part, small = batch_of(rows)
-                got = policy_logps(model, part, small, setting).token_BGT
-                leaf[at * micro_batch : at * micro_batch + len(rows), : got.shape[1], : got.shape[2]] = got
-        leaf.requires_grad_()
-        account(LogProbs(leaf, batch.token_weight_BGT), batch)
-        assert leaf.grad is not None
-        for at, rows in enumerate(parts):
-            part, small = batch_of(rows)
-            again = policy_logps(model, part, small, setting).token_BGT
-            upstream = leaf.grad[at * micro_batch : at * micro_batch + len(rows), : again.shape[1], : again.shape[2]]
-            again.backward(upstream)  # type: ignore[no-untyped-call]
-    else:
-        for rows in parts:
-            part, batch = batch_of(rows)
-            policy = policy_logps(model, part, batch, setting, logits="policy_logits" in objective.needs)
-            if setting.companions:
-                with torch.no_grad():
-                    beside = {
-                        role: policy_logps(other, part, batch, setting, logits=True, hidden=True)
-                        for role, other in setting.companions.items()
-                    }
-                batch = replace(batch, frozen={**batch.frozen, **beside})
-            account(policy, batch)
+                again = policy_logps(model, part, small, setting).token_BGT
+                upstream = leaf.grad[span.start : span.stop, : again.shape[1], : again.shape[2]]
+                again.backward(upstream)  # type: ignore[no-untyped-call]
+        else:
+            for rows in parts:
+                part, batch = batch_of(rows)
+                policy = policy_logps(model, part, batch, setting, logits=logits)
+                if setting.companions:
+                    with torch.no_grad():
+                        beside = {
+                            role: policy_logps(other, part, batch, setting, logits=True, hidden=True)
+                            for role, other in setting.companions.items()
+                        }
+                    batch = replace(batch, frozen={**batch.frozen, **beside})
+                account(policy, batch)
     figures = {name: float(value) for name, value in sums.items()}
     tokens = sum(len(g.completions) * len(g.prompt) + sum(map(len, g.completions)) for g in groups)
     return Gradient(figures.pop("loss"), figures, tokens)

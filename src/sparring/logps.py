@@ -1,6 +1,10 @@
 """Log-probs of completions under a causal language model, and the logits and hidden states behind them.
 
-Rows are laid out as `[prompt completion | pad …]`: padding comes last, so that no causal or recurrent model sees it,
+Two paths give the same numbers. The fast one (`packed.py`) is taken wherever it reproduces the plain one's, which is
+tried once per model on a few tokens. The plain one takes any causal language model, is what the fast one is tested
+against, and gives logits and hidden states too.
+
+In the plain path rows are laid out as `[prompt completion | pad …]`: padding comes last, so that no causal or recurrent model sees it,
 with or without the mask, and no row is longer than its own tokens. Logits are asked for (`logits_to_keep`) from the
 last token of the shortest prompt on: the vocabulary is projected for no more prompt tokens than prompts differ in
 length. Masks come from lengths, so a pad id that is also a real token does no harm.
@@ -10,15 +14,25 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import groupby
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-_MOST_LOGITS = 2**27
+from sparring import packed
+from sparring.attention import is_packed
+
+log = logging.getLogger("sparring")
+
+_MOST_TOKENS = 2**14
+_PACKS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+"""Whether a model takes the fast path, of those that were asked for it or forbidden to."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +62,90 @@ def token_logps(
     `compute` is the autocast precision of the forward pass; the softmax is always taken in float32 or wider.
     `hide` is a token id that no other token attends to, but for a row's last one; it is scored all the same (the
     released SPIN code, vectors V12). `sharpen` multiplies the logits: log-probs of decoding at temperature 1/sharpen.
+    Completions of the same prompt that follow each other are computed with one copy of it.
     Source: SPIN §2 (log p(y|x) is the sum over tokens); vectors V5.
     """
     if sharpen <= 0:
         raise ValueError(f"sharpen is 1/temperature, above 0; not {sharpen:g}")
+    # In training mode layers may be checkpointed: they are computed again in the backward pass, when `packed` has ended
+    lasting = not model.training or is_packed(model)
+    if hide is None and lasting and packs(model):
+        return packed_token_logps(model, prompts, completions, compute=compute, sharpen=sharpen)
+    return plain_token_logps(model, prompts, completions, compute=compute, hide=hide, sharpen=sharpen)
+
+
+def plain_token_logps(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    *,
+    compute: torch.dtype | None = None,
+    hide: int | None = None,
+    sharpen: float = 1.0,
+) -> Tensor:
+    """`token_logps` by a padded row for each completion, for any causal language model: the oracle of the fast path."""
     window = _window(model, prompts, completions, compute=compute, hide=hide)
     return window.aligned(gather(window.logits, window.tokens, window.real, sharpen))
+
+
+def packed_token_logps(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    *,
+    compute: torch.dtype | None = None,
+    sharpen: float = 1.0,
+) -> Tensor:
+    """`token_logps` without padding and with one copy of each prompt, for models whose attention can be chosen."""
+    if not all(prompts):
+        raise ValueError("a prompt needs at least one token: the first completion token is predicted from it")
+    device = next(model.parameters()).device
+    runs = [list(run) for _, run in groupby((i for i, c in enumerate(completions) if c), key=lambda i: prompts[i])]
+    lengths = torch.tensor([[len(c)] for c in completions], device=device)
+    real = torch.arange(max(1, int(lengths.max())), device=device) < lengths
+    with autocast(device, compute):
+        given = [prompts[run[0]] for run in runs], [[completions[i] for i in run] for run in runs]
+        flat = (
+            packed.completion_logps(model, *given, sharpen=sharpen) if runs else real.new_zeros(0, dtype=torch.float32)
+        )
+    return flat.new_zeros(real.shape).masked_scatter(real, flat)
+
+
+def packs(model: nn.Module) -> bool:
+    """Whether the fast path gives what the plain one does, tried on a few tokens when a model is first asked."""
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    if base not in _PACKS:
+        problem = _problem(base)
+        if problem:
+            log.info("%s: plain log-probs, slower and with the same values: %s", type(base).__name__, problem)
+        _PACKS[base] = problem is None
+    return _PACKS[base]
+
+
+def use_plain(model: nn.Module) -> None:
+    """Have a model take the plain path from now on."""
+    _PACKS[model] = False
+
+
+@torch.no_grad()
+def _problem(model: nn.Module) -> str | None:
+    """Why a model cannot take the fast path; None where it can."""
+    if not getattr(model, "_supports_attention_backend", False):
+        return "its attention cannot be chosen"
+    most = min(_vocabulary(model), 1000)
+    ids = [(7 * i + 3) % most for i in range(24)]
+    prompts, completions = [ids[:3], ids[:3], ids[3:8]], [ids[8:12], ids[12:13], ids[13:24]]
+    training = model.training
+    model.eval()
+    try:
+        fast = packed_token_logps(model, prompts, completions)
+        plain = plain_token_logps(model, prompts, completions)
+    except Exception as error:  # models fail in as many ways as there are models
+        return str(error).strip().split("\n")[0] or type(error).__name__
+    finally:
+        model.train(training)
+    apart = float(((fast - plain).abs() / (1 + plain.abs())).max())
+    return None if apart < 1e-3 else f"it would give log-probs that differ by {apart:.2g}"
 
 
 def token_outputs(
@@ -184,14 +276,17 @@ def score(
 ) -> list[tuple[float, ...]]:
     """Frozen per-token log-probs of any number of rows, in the order given; batches are of similar length.
 
-    A batch has at most `batch_size` rows, and fewer where the logits would be over half a gigabyte in float32.
+    A batch has at most `batch_size` rows, and fewer where they have many tokens, or many logits in the plain path.
     `hide` and `sharpen` are those of `token_logps`.
     """
-    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]) + len(completions[i]), i))
-    result: list[tuple[float, ...]] = [()] * len(order)
-    sizes = [(len(prompts[i]), len(prompts[i]) + len(completions[i])) for i in order]
-    for first, end in _batches(sizes, batch_size, _MOST_LOGITS // _vocabulary(model)):
-        rows = order[first:end]
+    runs = [list(run) for _, run in groupby(range(len(prompts)), key=lambda i: prompts[i])]
+    plain = hide is not None or not packs(model)
+    most = min(_MOST_TOKENS, packed.MOST_LOGITS // _vocabulary(model)) if plain else _MOST_TOKENS
+    sizes = [len(prompts[run[0]]) * (len(run) if plain else 1) + sum(len(completions[i]) for i in run) for run in runs]
+    order = sorted(range(len(runs)), key=lambda r: (sizes[r], r))
+    result: list[tuple[float, ...]] = [()] * len(prompts)
+    for chosen in batches([sizes[r] for r in order], [len(runs[r]) for r in order], batch_size, most):
+        rows = [i for at in chosen for i in runs[order[at]]]
         given = [prompts[i] for i in rows], [completions[i] for i in rows]
         table = token_logps(model, *given, compute=compute, hide=hide, sharpen=sharpen).tolist()
         for i, line in zip(rows, table, strict=True):
@@ -199,16 +294,16 @@ def score(
     return result
 
 
-def _batches(sizes: Sequence[tuple[int, int]], batch_size: int, most: int) -> Iterator[tuple[int, int]]:
-    """First and end of each batch of rows, given as (prompt, whole) tokens in order of the latter; `most` in tokens."""
-    first, shortest = 0, 0
-    for at, (prompt, whole) in enumerate(sizes):
-        shortest = prompt if at == first else min(shortest, prompt)
-        if at > first and (at - first == batch_size or (at - first + 1) * (whole - shortest + 1) > most):
-            yield first, at
-            first, shortest = at, prompt
-    if sizes:
-        yield first, len(sizes)
+def batches(tokens: Sequence[int], rows: Sequence[int], most_rows: int, most_tokens: int) -> list[range]:
+    """Consecutive items in as few batches as have no more rows and tokens than allowed, but one item at least."""
+    found: list[range] = []
+    first, held_rows, held_tokens = 0, 0, 0
+    for at, (size, count) in enumerate(zip(tokens, rows, strict=True)):
+        if at > first and (held_rows + count > most_rows or held_tokens + size > most_tokens):
+            found.append(range(first, at))
+            first, held_rows, held_tokens = at, 0, 0
+        held_rows, held_tokens = held_rows + count, held_tokens + size
+    return [*found, range(first, len(tokens))] if tokens else found
 
 
 def _vocabulary(model: nn.Module) -> int:

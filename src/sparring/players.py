@@ -190,6 +190,10 @@ def load_model(path: str, config: ModelConfig) -> nn.Module:
             f"{path}: its files hold no weights for {missing[0]}{more}; save the whole causal language model there again"
         )
     result: nn.Module = model.to(device_of(config)).eval()
+    if config.logps == "plain":
+        from sparring.logps import use_plain
+
+        use_plain(result)
     return result
 
 

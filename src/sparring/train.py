@@ -111,7 +111,10 @@ def train(
         held = {role: [table[i] for i in rows] for role, table in frozen.items()}
         keys = [_key(seed, step, i) for i in rows]
         optimizer.zero_grad(set_to_none=True)
-        got = gradient(model, chosen, held, objective, micro_batch=settings.micro_batch, setting=setting, keys=keys)
+        got = gradient(
+            model, chosen, held, objective,
+            micro_batch=settings.micro_batch, micro_tokens=settings.micro_tokens, setting=setting, keys=keys,
+        )  # fmt: skip
         norm = float(nn.utils.clip_grad_norm_(trained.values(), settings.clip or math.inf))
         if not (math.isfinite(got.loss) and math.isfinite(norm)):
             kept = states.keep_batch(step, chosen)

@@ -54,7 +54,12 @@ class ModelConfig(Section):
         "Precision of forward passes; weights stay float32 masters. "
         "auto: bfloat16 on CUDA, else float32, settled when the run is made.",
     )
-    attention: str | None = _doc(None, "transformers' attn_implementation; None leaves its choice.", execution=True)
+    attention: str | None = _doc(
+        None, "transformers' attn_implementation where the plain path runs; None leaves its choice.", execution=True
+    )
+    logps: Literal["auto", "plain"] = _doc(
+        "auto", "auto: log-probs without padding where the model allows it; plain: a padded row each.", execution=True
+    )
     device: str = _doc("auto", "`auto`, `cpu`, `cuda` or `cuda:N`.", execution=True)
     threads: int | None = _doc(None, "CPU threads of torch; None leaves torch's choice.", execution=True, gt=0)
     trust_remote_code: bool = _doc(False, "Let a model repository run its own Python. Off unless you trust it.")
@@ -134,7 +139,15 @@ class TrainConfig(Section):
     )
     max_steps: int | None = _doc(None, "Stop after this many steps; the schedule spans them.", gt=0)
     batch_size: int = _doc(64, "Groups per optimizer step. The paper: 64.", gt=0)
-    micro_batch: int = _doc(8, "Groups per forward pass; does not change the objective.", execution=True, gt=0)
+    micro_batch: int = _doc(
+        64, "At most so many groups per forward pass; does not change the objective.", execution=True, gt=0
+    )
+    micro_tokens: int = _doc(
+        4096,
+        "At most so many tokens per forward pass, one group at least; lower it where memory runs out.",
+        execution=True,
+        gt=0,
+    )
     clip: float = _doc(1.0, "Clip the gradient's norm to this; 0 is off.", ge=0)
     gradient_checkpointing: bool = _doc(
         False, "Recompute activations: less memory, about a third more time.", execution=True

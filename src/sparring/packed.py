@@ -1,0 +1,119 @@
+"""Log-probs of completions in one row without padding: a prompt is computed once for all of its completions.
+
+Only tokens that a completion needs are computed, and the vocabulary is projected for its tokens only. Where even those
+logits would not fit, they are made piece by piece and made again in the backward pass.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from sparring.attention import Tree, packed
+
+MOST_LOGITS = 2**27
+"""Logits of a forward pass that are kept for its backward pass: half a gigabyte in float32."""
+_PIECE = 2**25
+_BLOCK = 2**20
+
+
+def completion_logps(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[Sequence[int]]],
+    *,
+    sharpen: float = 1.0,
+) -> Tensor:
+    """Log-prob of every completion token, one after the other, in nats, [M]; `completions[b]` are those of `prompts[b]`.
+
+    float32, float64 for a float64 model; gradients flow. Logits are multiplied by `sharpen` first. Raises whatever a
+    model raises that cannot take such rows: see `logps.token_logps`, which then takes the plain path.
+    """
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    tree = Tree(prompts, completions, next(model.parameters()).device)
+    tokens = torch.tensor([t for own in completions for c in own for t in c], device=tree.ids.device)
+    with packed(model):
+        decoder = base.get_decoder()
+        out = decoder(
+            input_ids=tree.ids,
+            attention_mask=torch.ones_like(tree.ids),  # without one, transformers looks for rows in the positions
+            position_ids=tree.positions,
+            use_cache=False,
+            layout=tree,
+        )
+    hidden = out.last_hidden_state[0].index_select(0, tree.keep)
+
+    def piece(hidden: Tensor, tokens: Tensor) -> Tensor:
+        logits = head(base, decoder, hidden)
+        return _Chosen.apply(logits if sharpen == 1 else logits * sharpen, tokens)  # type: ignore[no-any-return, no-untyped-call]
+
+    vocabulary = base.get_output_embeddings().weight.shape[0]
+    if len(tokens) * vocabulary <= MOST_LOGITS:
+        return piece(hidden, tokens)
+    size = max(1, _PIECE // vocabulary)
+    pieces = zip(torch.split(hidden, size), torch.split(tokens, size), strict=True)
+    return torch.cat([checkpoint(piece, h, t, use_reentrant=False) for h, t in pieces])
+
+
+def head(base: Any, decoder: nn.Module, hidden: Tensor) -> Tensor:
+    """The model's own logits [M, V] of hidden states [M, H], with whatever scaling or capping it does to them."""
+    with _answering(decoder, hidden[None]):
+        logits: Tensor = base(
+            input_ids=torch.zeros(1, 1, dtype=torch.long, device=hidden.device), use_cache=False
+        ).logits
+    return logits.view(len(hidden), -1)
+
+
+@contextlib.contextmanager
+def _answering(decoder: nn.Module, hidden: Tensor) -> Iterator[None]:
+    """Within it the decoder gives these hidden states, whatever it is asked."""
+    decoder.__dict__["forward"] = lambda *_, **__: _Said(hidden)
+    try:
+        yield
+    finally:
+        del decoder.__dict__["forward"]
+
+
+class _Said:
+    """A decoder's output of hidden states and nothing else."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.last_hidden_state = hidden
+
+    def __getitem__(self, index: int) -> Tensor:
+        return (self.last_hidden_state,)[index]
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
+class _Chosen(torch.autograd.Function):
+    """log softmax(logits)[token] of [M, V] and [M], in float32 or wider; keeps nothing wide for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, tokens: Tensor) -> Tensor:
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        total = torch.cat([x.to(wide).logsumexp(-1) for x in torch.split(logits, _rows(logits))])
+        ctx.save_for_backward(logits, tokens)
+        return logits.gather(-1, tokens[:, None])[:, 0].to(wide) - total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        logits, tokens = ctx.saved_tensors
+        grad = grads[0][:, None]
+        out = torch.empty_like(logits)
+        for at in range(0, len(logits), _rows(logits)):
+            block = slice(at, at + _rows(logits))
+            share = torch.softmax(logits[block], -1, dtype=grad.dtype).mul_(-grad[block])
+            out[block] = share.scatter_add_(1, tokens[block, None], grad[block])
+        return out, None
+
+
+def _rows(logits: Tensor) -> int:
+    """Rows of logits whose float32 copy stays in the cache."""
+    return max(1, _BLOCK // logits.shape[-1])
