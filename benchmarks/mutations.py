@@ -3,11 +3,12 @@
     python benchmarks/mutations.py                          # everything; writes docs/mutations.md
     python benchmarks/mutations.py --methods tpaw losses/margin
 
-Every expression of a method's objective and pairing is changed in turn, in a copy of the sources, and the tests of that
-file run until one fails. Not changed: `metrics`, `roles` and checks of hyper-parameters. Changes, of which each is one
-mutant: + and − exchanged; an operand of +, −, *, /, ** or & left out; a minus sign, a `~`, a `detach()`, a clamp, relu,
-abs, minimum, maximum or mask left out; one side of a `where` taken everywhere; the two results of `pair_columns`, or a
-tuple of targets, turned round. A survivor is listed with the reason why it changes nothing, or is a missing test (exit code 1).
+Every expression of a method's objective and pairing, and of what takes its gradient, is changed in turn, in a copy of
+the sources, and the tests of that file run until one fails. Not changed: `metrics`, `roles` and checks of
+hyper-parameters. Changes, of which each is one mutant: + and − exchanged; an operand of +, −, *, /, ** or & left out; a
+minus sign, a `~`, a `detach()`, a clamp, relu, abs, minimum, maximum or mask left out; one side of a `where` taken
+everywhere; the two results of `pair_columns`, or a tuple of targets, turned round. A survivor is listed with the reason
+why it changes nothing, or is a missing test (exit code 1).
 """
 
 from __future__ import annotations
@@ -66,6 +67,7 @@ TESTS = {
     "pair/preference": "dpo kto",
     "pair/wins": "nash theory_nash",
     "types": "losses dpo nash",
+    "gradient": "train coupled packed drift_dnpo",
 }
 """Methods and what they share, with the test files that answer for each."""
 
@@ -114,7 +116,7 @@ def main() -> None:
 
 def path(name: str) -> Path:
     """A file of TESTS, relative to src."""
-    shared = "/" in name or name == "types"
+    shared = "/" in name or name in ("types", "gradient")
     return Path("sparring", name if shared else f"methods/{name}").with_suffix(".py")
 
 
@@ -236,7 +238,7 @@ def table(found: dict[str, tuple[int, list[Mutant]]]) -> str:
         "    python benchmarks/mutations.py",
         "",
         "A survivor is equivalent where the change alters no result, for the reason given below; any other one is a missing",
-        "test. Rows with a `/`, and `types`, are shared by several methods; `spin_official` has `spin`'s objective.",
+        "test. Rows with a `/`, `types` and `gradient` are shared by several methods; `spin_official` has `spin`'s objective.",
         "",
         "| file | mutants | killed | equivalent | missing tests | tests |",
         "|---|---:|---:|---:|---:|---|",

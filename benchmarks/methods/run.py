@@ -14,12 +14,16 @@ import argparse
 import json
 import os
 import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import settings
 import tasks
+import torch
 from measure import measure
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparring import api
 from sparring.demo import build
@@ -34,20 +38,58 @@ SFT = {
     "schedule": "cosine",
     "floor": 0.05,
 }
-EPOCHS = {"many": 20}
-"""SFT learns this task later, and with ten epochs not with every seed."""
 OFF = {"displacement": None, "trust_region": None, "patience": None}
 
 
+def narrow(folder: Path, seed: int) -> None:
+    """The demo's model and tokenizer, at a third of the width."""
+    build.build(folder, seed)
+    config = LlamaConfig.from_pretrained(
+        folder, hidden_size=16, intermediate_size=32, num_attention_heads=4, num_key_value_heads=4, head_dim=4
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        LlamaForCausalLM(config).save_pretrained(folder)
+
+
+@dataclass(frozen=True)
+class Base:
+    """How a task's SFT player is made."""
+
+    build: Callable[[Path, int], None] = build.build
+    """Writes the untrained model."""
+    broad: bool = False
+    """Pre-trained on `broad.jsonl`."""
+    sft: Mapping[str, Any] = field(default_factory=dict)
+    """Changes to SFT."""
+
+
+BASES = {
+    "noisy": Base(),
+    "clean": Base(),
+    "hard": Base(),
+    # SFT learns this task later, and with ten epochs not with every seed
+    "many": Base(sft={"epochs": 20}),
+    "few": Base(broad=True, sft={"epochs": 40, "lr": 1e-3, "warmup": 5}),
+    "small": Base(build=narrow, sft={"epochs": 20}),
+}
+
+
 def recipe(
-    run: Path, folder: Path, model: str, seed: int, rounds: list[dict[str, Any]], controls: dict[str, Any]
+    run: Path,
+    folder: Path,
+    model: str,
+    seed: int,
+    rounds: list[dict[str, Any]],
+    controls: dict[str, Any],
+    rows: str = "train",
 ) -> dict[str, Any]:
-    """A recipe on one task; all of them differ in their rounds and controls only."""
+    """A recipe on one task; a task's recipes differ in their rounds and controls, and pre-training in its rows."""
     return {
         "run": str(run),
         "seed": seed,
         "model": {"path": model, "threads": int(os.environ.get("OMP_NUM_THREADS", "2"))},
-        "data": {"path": str(folder / "train.jsonl"), "heldout": str(folder / "validation.jsonl")},
+        "data": {"path": str(folder / f"{rows}.jsonl"), "heldout": str(folder / "validation.jsonl")},
         "play": {"max_new_tokens": 32, "batch_size": 1000, "chunk": 1000},
         "train": {"optimizer": "adamw", "micro_batch": 64, "batch_size": 64, "save_every": 1000, "log_every": 5},
         "evaluate": {"verifier": settings.TRUTH, "limit": 500, "samples": 1},
@@ -58,20 +100,18 @@ def recipe(
 
 def base(out: Path, task: str, seed: int) -> tuple[Path, RunView]:
     """The task's files and the SFT player that every method starts from."""
-    folder = out / task / str(seed)
-    if not (folder / "task").exists():
-        tasks.write(folder / "task.partial", task, seed)
-        build.build(folder / "task.partial" / "model", seed)
-        (folder / "task.partial").rename(folder / "task")
-    tree = recipe(
-        folder / "sft",
-        folder / "task",
-        str(folder / "task" / "model"),
-        seed,
-        [{"method": "sft", "train": SFT | {"epochs": EPOCHS.get(task, 10)}}],
-        OFF,
-    )
-    return folder, api.run(tree)
+    how, folder = BASES[task], out / task / str(seed)
+    data, model = folder / "task", str(folder / "task" / "model")
+    if not data.exists():
+        partial = folder / "task.partial"
+        tasks.write(partial, task, seed)
+        how.build(partial / "model", seed)
+        partial.rename(data)
+    if how.broad:
+        rounds = [{"method": "sft", "train": SFT}]
+        model = api.run(recipe(folder / "broad", data, model, seed, rounds, OFF, "broad")).players[1].path
+    rounds = [{"method": "sft", "train": {**SFT, **how.sft}}]
+    return folder, api.run(recipe(folder / "sft", data, model, seed, rounds, OFF))
 
 
 def rounds_of(name: str) -> list[dict[str, Any]]:
@@ -115,7 +155,7 @@ def start(out: Path, task: str, seed: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", choices=("noisy", "clean", "hard", "many"), default="noisy")
+    parser.add_argument("--task", choices=tuple(BASES), default="noisy")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(300, 305)))
     parser.add_argument(
         "--methods", nargs="+", default=[*settings.METHODS, *(f"sft {lr:g}" for lr in settings.SFT_RATES)]

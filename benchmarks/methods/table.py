@@ -1,6 +1,7 @@
 """The tables of docs/comparison.md, from what run.py wrote.
 
     python benchmarks/methods/table.py benchmarks/methods/results/noisy.jsonl
+    python benchmarks/methods/table.py benchmarks/methods/results/noisy.jsonl --map     # SPIN over λ and τ
 
 Every row is a mean over seeds with its standard error. `at equal diversity` is a method's accuracy at T = 1 less that of
 the SFT player decoded at the temperature at which its answers have the same entropy (linear between measured
@@ -59,6 +60,7 @@ def control(rows: dict[str, Row]) -> Row:
 def table(found: dict[int, dict[str, Row]]) -> str:
     """Markdown: the start, continued SFT, then every method by its accuracy."""
     seeds = sorted(seed for seed, rows in found.items() if any(n.startswith("sft ") for n in rows))
+    found = {seed: {name: row for name, row in found[seed].items() if name not in settings.MAP} for seed in seeds}
     start = {seed: found[seed]["start"]["curve"]["1.0"] for seed in seeds}
     sft = {seed: control(found[seed]) for seed in seeds}
     names = {name for seed in seeds for name in found[seed] if name != "start" and not name.startswith("sft ")}
@@ -102,10 +104,35 @@ def line(
     return f"| {' | '.join(cells)} |"
 
 
+def grid(found: dict[int, dict[str, Row]]) -> str:
+    """Markdown: SPIN's gain over its start, at equal diversity and in backoffs, by λ (rows) and τ (columns).
+
+    A seed in which every answer was gold and nothing was left to train on counts as no gain.
+    """
+    betas, taus = (list(dict.fromkeys(name.split(", ")[i].split()[1] for name in settings.MAP)) for i in (1, 2))
+
+    def cell(beta: str, tau: str) -> str:
+        name = f"spin, beta {beta}, T {tau}"
+        seeds = [seed for seed, rows in found.items() if name in rows]
+        over, apart, backoffs = [], [], []
+        for seed in seeds:
+            curve, row = found[seed]["start"]["curve"], found[seed][name]
+            got = row.get("figures", curve["1.0"])
+            over.append(got["accuracy"] - curve["1.0"]["accuracy"])
+            apart.append(got["accuracy"] - matched(curve, got["entropy"]))
+            backoffs.append(sum(row.get("backoffs", [])))
+        return f"{shown(over)} / {shown(apart)} / {fmean(backoffs):.0f}" if seeds else "–"
+
+    lines = ["| λ \\ τ | " + " | ".join(taus) + " |", "|---" * (len(taus) + 1) + "|"]
+    return "\n".join([*lines, *(f"| {b} | " + " | ".join(cell(b, t) for t in taus) + " |" for b in betas)])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path)
-    print(table(load(parser.parse_args().file)))
+    parser.add_argument("--map", action="store_true", help="SPIN over λ and the opponent's temperature")
+    options = parser.parse_args()
+    print((grid if options.map else table)(load(options.file)))
 
 
 if __name__ == "__main__":

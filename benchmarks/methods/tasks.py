@@ -1,9 +1,11 @@
-"""The comparison's tasks: the demo's sums and three variants of them, as pure functions of a seed.
+"""The comparison's tasks: the demo's sums and five variants of them, as pure functions of a seed.
 
 noisy: the demo's own two-step sums, half of the training answers sloppy.
 clean: the same sums without slips.
 hard:  three steps instead of two, half of the answers sloppy.
 many:  `59?` asks for any chain of two steps that ends in 59; gold is one of very many right answers.
+few:   300 clean two-step sums, for a model that was pre-trained on everything else (`broad`).
+small: the noisy sums, for a model of a third of the width, which twenty epochs of SFT do not teach all of them.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from sparring.demo.task import SLOPPY, Step, apply, write_answer
 from sparring.types import Example
 
 TRAIN, HELDOUT = 10_000, 1_000
+FEW = 300
 STEPS: list[Step] = [(operator, operand) for operator in "+-" for operand in range(2, 10)]
 _LINE = re.compile(r"(\d+)([+-])(\d+)=(\d+)")
 
@@ -65,19 +68,31 @@ def targets(rng: random.Random) -> Callable[[bool], dict[str, str]]:
     return draw
 
 
+def broad(rng: random.Random) -> list[dict[str, str]]:
+    """Clean sums of one and of three steps, and clean targets: no prompt is a two-step sum."""
+    # Of one step there are about 1,200 sums
+    one, three, target = sums(rng, steps=1, sloppy=0.0), sums(rng, steps=3, sloppy=0.0), targets(rng)
+    return [draw(False) for draw, count in ((one, 1_000), (three, 5_000), (target, 4_000)) for _ in range(count)]
+
+
 def write(folder: Path, task: str, seed: int) -> None:
-    """Write `train.jsonl`, `validation.jsonl` and `test.jsonl` in prompt/completion format."""
+    """Write `train.jsonl`, `validation.jsonl` and `test.jsonl` in prompt/completion format; `few` has `broad.jsonl` too."""
     rng = random.Random(f"{task} {seed}")
     draw = {
         "noisy": lambda: sums(rng, steps=2, sloppy=SLOPPY),
         "clean": lambda: sums(rng, steps=2, sloppy=0.0),
         "hard": lambda: sums(rng, steps=3, sloppy=SLOPPY),
         "many": lambda: targets(rng),
+        "few": lambda: sums(rng, steps=2, sloppy=0.0),
+        "small": lambda: sums(rng, steps=2, sloppy=SLOPPY),
     }[task]()
+    counts = {"train": FEW if task == "few" else TRAIN, "validation": HELDOUT, "test": HELDOUT}
+    files = {name: [draw(name == "train") for _ in range(count)] for name, count in counts.items()}
+    if task == "few":
+        files["broad"] = broad(rng)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, count in (("train", TRAIN), ("validation", HELDOUT), ("test", HELDOUT)):
-        rows = [json.dumps(draw(name == "train")) + "\n" for _ in range(count)]
-        (folder / f"{name}.jsonl").write_text("".join(rows), encoding="utf-8")
+    for name, rows in files.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def verify(example: Example, answer: str) -> bool | None:

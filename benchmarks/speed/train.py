@@ -1,0 +1,156 @@
+"""The training of one round, sparring against TRL's DPOTrainer: same pairs, start, order, optimizer, epochs and threads.
+
+    python benchmarks/speed/train.py --out benchmarks/speed/results/train.jsonl          # both models, three shapes
+    python benchmarks/speed/train.py --models 8M --shapes ragged --pairs 64 --repeats 5
+    python benchmarks/speed/train.py --models 8M --dtype float32 --repeats 1             # the tight check of losses
+
+TRL runs in its best settings: bf16 autocast over float32 weights (as sparring), no checkpointing, reference log-probs
+precomputed before the clock starts (so are sparring's frozen ones), the fastest of sdpa and eager attention and of
+per-device batch sizes 1, 2 and 4 in a trial of one optimizer step. Its collator right-pads. sparring runs in its
+defaults. Both: RMSprop (α 0.99, ε 1e-8), constant rate, gradient norm cut at 1, β 0.1, logistic loss.
+
+The check: `step_loss_gap` is the largest difference of the losses that both logged at the same step; `end_loss` is that
+of the trained weights on all pairs, in float32 by one function for both. They must agree within `tolerance`, which
+is for bfloat16 what rounding of forward passes gives and for float32 what another order of summation gives.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+from collections.abc import Sequence
+from typing import Any
+
+import record
+
+record.quiet()
+
+import shapes  # noqa: E402
+import theirs  # noqa: E402
+import torch  # noqa: E402
+
+from sparring.config import TrainConfig  # noqa: E402
+from sparring.gradient import Setting  # noqa: E402
+from sparring.logps import score  # noqa: E402
+from sparring.methods import make  # noqa: E402
+from sparring.train import train  # noqa: E402
+from sparring.types import Frozen, Group  # noqa: E402
+
+BETA = 0.1
+TOLERANCE = {"bfloat16": 2e-2, "float32": 1e-4}
+
+
+class Memory:
+    """Where a training that nobody means to continue keeps its log."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+
+    def load(self) -> None:
+        return None
+
+    def save(self, step: int, tensors: dict[str, torch.Tensor]) -> None:
+        pass
+
+    def log(self, row: dict[str, float]) -> None:
+        self.losses.append(row["loss"])
+
+    def keep_batch(self, step: int, groups: Sequence[Group]) -> str:
+        return "nowhere"
+
+
+def logps(model: Any, groups: Sequence[Group], compute: torch.dtype) -> list[tuple[tuple[float, ...], ...]]:
+    """Per-token log-probs of both completions of every group."""
+    prompts = [g.prompt for g in groups for _ in g.completions]
+    lines = iter(score(model, prompts, [c for g in groups for c in g.completions], batch_size=8, compute=compute))
+    return [tuple(next(lines) for _ in g.completions) for g in groups]
+
+
+def end_loss(model: Any, start: Any, groups: Sequence[Group]) -> float:
+    """The mean loss of trained weights against their start, in float32."""
+
+    def margins(which: Any) -> torch.Tensor:
+        return torch.tensor([sum(a) - sum(b) for a, b in logps(which, groups, torch.float32)])
+
+    return float(torch.nn.functional.softplus(-BETA * (margins(model) - margins(start))).mean())
+
+
+def compare(name: str, shape: str, given: Any) -> dict[str, Any]:
+    """One line: a model and a shape."""
+    start, compute = shapes.model(name), getattr(torch, given.dtype)
+    words = shapes.tokenizer(start.config.vocab_size)
+    groups = [shapes.group(pair) for pair in shapes.pairs(shape, given.pairs, start.config.vocab_size)]
+    settings = TrainConfig(lr=given.lr, schedule="constant", warmup=0, epochs=given.epochs, batch_size=given.batch)
+    frozen = {"reference": [Frozen(g.sha, "reference", "start", line) for g, line in zip(groups, logps(start, groups, compute), strict=True)]}  # fmt: skip
+    method, bf16 = make("spin", {"beta": BETA}), given.dtype == "bfloat16"
+    learners: dict[str, Any] = {}
+    logged: dict[str, list[float]] = {}
+
+    def ours(part: Sequence[Group] = groups) -> float:
+        gc.collect()
+        states, learner = Memory(), copy.deepcopy(start)
+        held = {role: rows[: len(part)] for role, rows in frozen.items()}
+        seconds, _ = record.clock(
+            lambda: train(learner, part, held, method, settings, states, seed=0, setting=Setting(compute))
+        )
+        learners["sparring"], logged["sparring"] = learner, states.losses
+        return seconds
+
+    choice = theirs.choose(start, words, groups, settings, bf16=bf16, beta=BETA)
+
+    def trl() -> float:
+        gc.collect()
+        learner = copy.deepcopy(start)
+        learner.set_attn_implementation(choice.attention)
+        made = theirs.trainer(learner, words, groups, settings, micro=choice.micro, bf16=bf16, beta=BETA)
+        seconds, _ = record.clock(made.train)
+        learners["trl"], logged["trl"] = learner, theirs.losses(made)
+        return seconds
+
+    ours(groups[: given.batch])
+    seconds = record.interleaved(ours, trl, given.repeats)
+    ends = {side: end_loss(learner, start, groups) for side, learner in learners.items()}
+    gap = max(abs(a - b) for a, b in zip(logged["sparring"], logged["trl"], strict=True))
+    far = max(gap, abs(ends["sparring"] - ends["trl"]))
+    return {
+        "benchmark": "train",
+        "model": name,
+        "parameters": start.num_parameters(),
+        "shape": shape,
+        "pairs": given.pairs,
+        "tokens": sum(len(g.prompt) + len(c) for g in groups for c in g.completions),
+        "epochs": given.epochs,
+        "batch": given.batch,
+        "steps": len(logged["trl"]),
+        "dtype": given.dtype,
+        "sparring": record.spread(seconds[0]),
+        "trl": record.spread(seconds[1]) | choice.row(),
+        "ratio": record.faster(*seconds),
+        "step_losses": logged,
+        "step_loss_gap": gap,
+        "end_loss": ends,
+        "tolerance": TOLERANCE[given.dtype],
+        "same": far <= TOLERANCE[given.dtype],
+    }
+
+
+def main() -> None:
+    options = record.parser(__doc__)
+    options.add_argument("--models", nargs="+", default=list(shapes.MODELS), choices=list(shapes.MODELS))
+    options.add_argument("--shapes", nargs="+", default=list(shapes.SHAPES), choices=list(shapes.SHAPES))
+    options.add_argument("--pairs", type=int, default=64, help="a multiple of --batch")
+    options.add_argument("--batch", type=int, default=16)
+    options.add_argument("--epochs", type=int, default=2)
+    options.add_argument("--lr", type=float, default=1e-5)
+    options.add_argument("--dtype", default="bfloat16", choices=list(TOLERANCE))
+    options.add_argument("--repeats", type=int, default=5)
+    given = options.parse_args()
+    if given.pairs % given.batch:
+        options.error("--pairs must be a multiple of --batch: TRL's batches would not be sparring's")
+    for name in given.models:
+        for shape in given.shapes:
+            record.emit(compare(name, shape, given), given.out)
+
+
+if __name__ == "__main__":
+    main()
