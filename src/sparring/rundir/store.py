@@ -111,7 +111,7 @@ class Rows(Sequence[T], Generic[T]):
 
         files = sorted(folder.rglob("*.parquet"))
         self._make = _decoder(row_type)
-        self._table: pa.Table | None = pa.concat_tables([pq.read_table(f) for f in files]) if files else None
+        self._table: pa.Table | None = pa.concat_tables([pq.ParquetFile(f).read() for f in files]) if files else None
         self._rows: list[T] | None = None
         if self._table is None:
             self._rows = []
