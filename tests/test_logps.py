@@ -98,7 +98,10 @@ def test_empty_completions_have_no_log_probs() -> None:
 def test_a_batch_is_bounded_by_rows_and_by_tokens() -> None:
     tokens, rows = [5, 6, 8, 9, 9, 9, 40], [1, 1, 1, 1, 2, 1, 1]
     assert batches(tokens, rows, 3, 10**9) == [range(0, 3), range(3, 5), range(5, 7)]
+    # Items count as the longest of their batch: 2 × 6, then 2 × 9 and 2 × 9
     assert batches(tokens, rows, 9, 18) == [range(0, 2), range(2, 4), range(4, 6), range(6, 7)]
+    assert batches([1, 1, 1, 9], [1] * 4, 9, 12) == [range(0, 3), range(3, 4)]
+    assert batches([9, 1, 1, 1], [1] * 4, 9, 27) == [range(0, 3), range(3, 4)]
     assert batches(tokens, rows, 1, 10**9) == [range(i, i + 1) for i in range(7)]
     assert batches([], [], 3, 10) == []
 

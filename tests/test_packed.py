@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,12 +66,27 @@ PLAIN: dict[str, tuple[str, dict[str, Any], str]] = {
     "linear attention beside it": (
         "MiniMax",
         BASE | {"head_dim": 8, "num_local_experts": 2},
-        "it would give log-probs that differ by",
+        "it has layers of kind linear_attention",
+    ),
+    "biases by distance": (
+        "Bloom",
+        {"vocab_size": 97, "hidden_size": 32, "n_layer": 2, "n_head": 4},
+        "its attention cannot be chosen",
+    ),
+    "convolutions": (
+        "Lfm2",
+        BASE | {"layer_types": ["conv", "full_attention", "conv"]},
+        "it has layers of kind conv",
+    ),
+    "rotation by the longest row": (
+        "Llama",
+        BASE | {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+        "its rotation of positions (dynamic) depends on the longest row",
     ),
     "sinks": (
         "GptOss",
         BASE | {"head_dim": 8, "num_local_experts": 4, "sliding_window": 8},
-        "its attention has sinks, biases or a mask of its own",
+        "its attention has dropout, sinks, biases or a mask of its own",
     ),
 }
 _IDS = torch.Generator().manual_seed(1)
@@ -133,6 +150,15 @@ def test_a_model_that_cannot_take_packed_rows_falls_back_with_one_line(
     lines = [r.message for r in caplog.records if r.name == "sparring"]
     assert len(lines) == 1 and lines[0].startswith(f"{type(model).__name__}: plain log-probs") and why in lines[0]
     torch.testing.assert_close(got[0], plain_token_logps(model, PROMPTS, COMPLETIONS), rtol=0, atol=0)
+
+
+def test_a_model_that_mixes_neighbours_is_found_out(caplog: pytest.LogCaptureFixture) -> None:
+    """Each token is given a share of the one before it, which in a packed row may be another completion's."""
+    model = made(*FAST["grouped heads"])
+    model.model.embed_tokens.register_forward_hook(lambda _, __, out: out + 0.1 * out.roll(1, 1))
+    with caplog.at_level(logging.INFO, "sparring"):
+        assert not packs(model)
+    assert "it would give log-probs that differ by" in caplog.messages[-1]
 
 
 def test_a_prompt_is_computed_once_and_no_padding_is() -> None:
@@ -231,6 +257,61 @@ def test_a_player_can_be_told_to_take_the_plain_path(tmp_path: Any) -> None:
     model.save_pretrained(tmp_path)
     assert packs(load_model(str(tmp_path), ModelConfig(path=str(tmp_path))))
     assert not packs(load_model(str(tmp_path), ModelConfig(path=str(tmp_path), logps="plain")))
+
+
+def test_copies_and_adapters_keep_to_the_plain_path() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = made(*FAST["grouped heads"])
+    assert packs(model)
+    use_plain(model)
+    assert not packs(model) and not packs(copy.deepcopy(model))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by an old name
+        adapted: Any = get_peft_model(made(*FAST["grouped heads"]), LoraConfig(target_modules=["q_proj"]))
+    assert packs(adapted)
+    use_plain(adapted)
+    assert not packs(adapted) and not packs(adapted.get_base_model())
+
+
+def test_what_others_put_around_the_decoder_stays_there() -> None:
+    model = made(*FAST["grouped heads"])
+    calls: list[int] = []
+    forward = model.model.forward
+    model.model.forward = lambda *given, **named: (calls.append(1), forward(*given, **named))[1]
+    assert packs(model)
+    calls.clear()
+    token_logps(model, [[5]], [[6]])
+    assert calls == [1]
+
+
+def test_dropout_is_not_left_out_in_silence() -> None:
+    model = made("GPT2", LEARNED | {"attn_pdrop": 0.5}).train()
+    with pytest.raises(TypeError, match="dropout"):
+        packed_token_logps(model, PROMPTS, COMPLETIONS)
+
+
+def test_frozen_scores_of_a_checkpointed_learner_take_the_fast_path() -> None:
+    """Without gradients nothing is computed again; with them, and outside `packed`, layers would be."""
+    model = made(*FAST["grouped heads"])
+    assert packs(model)
+    model.train()
+    rows: list[int] = []
+    model.model.embed_tokens.register_forward_pre_hook(lambda _, given: rows.append(given[0].shape[0]))
+    score(model, PROMPTS, COMPLETIONS, batch_size=64)
+    token_logps(model, PROMPTS, COMPLETIONS)
+    assert rows == [1, 8]
+
+
+def test_many_completions_of_one_prompt_are_scored_in_batches() -> None:
+    model = made(*FAST["grouped heads"])
+    assert packs(model)
+    shapes: list[int] = []
+    model.model.embed_tokens.register_forward_pre_hook(lambda _, given: shapes.append(given[0].shape[1]))
+    lines = score(model, [[5, 6]] * 7, [[i, 9, 9] for i in range(7)], batch_size=3)
+    assert sorted(shapes) == [2 + 2, 2 + 3 * 2, 2 + 3 * 2]
+    plain = plain_token_logps(model, [[5, 6]] * 7, [[i, 9, 9] for i in range(7)]).tolist()
+    assert [list(line) for line in lines] == [pytest.approx(row, abs=1e-5) for row in plain]
 
 
 def test_scores_keep_a_prompts_completions_together() -> None:

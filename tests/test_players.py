@@ -222,6 +222,10 @@ def test_nested_configurations_are_looked_into() -> None:
     tokenizer: Any = type("Tokenizer", (), {"model_max_length": 10**30})()
     assert (players.context_length(config, tokenizer), players.vocabulary(config)) == (77, 99)
     assert players.context_length(transformers.MambaConfig(), tokenizer) == 1 << 20
+    # Rows of another length would change each other's rotations
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4, "original_max_position_embeddings": 40}
+    dynamic = transformers.LlamaConfig(max_position_embeddings=80, rope_parameters=rope)
+    assert players.context_length(dynamic, tokenizer) == 40
 
 
 @pytest.mark.parametrize("name", ["mps", "meta", "xpu", "tpu", "cuda:x", "gpu"])

@@ -98,8 +98,11 @@ class Tree:
         self._segment = self._table(torch.tensor([j for own in segment for j in own], device=device), fill=-1)
         self._position = self._table(self.positions[0], fill=0)
         self._masks: dict[int, tuple[Rule, Tensor]] = {}
+        self.asked = False
+        """Whether any layer's attention came here."""
 
     def attend(self, layer: int, states: States, rule: Rule) -> Tensor:
+        self.asked = True
         query, key, value = (self._padded(x) for x in (states.query, states.key, states.value))
         mask = self._mask(rule)
         small = query.shape[0] * query.shape[1] * self.width**2 <= _MOST_SCORES
@@ -166,9 +169,14 @@ def _spread(states: Tensor, place: Tensor, rows: int, width: int) -> Tensor:
     return out.index_copy_(0, place, states).view(rows, width, *states.shape[1:])
 
 
+def unwrapped(model: Any) -> Any:
+    """The model itself, where an adapter's wrapper hides its forward."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 @contextlib.contextmanager
 def packed(model: nn.Module) -> Iterator[None]:
-    """Within it the model takes rows of several sequences and a `layout`, and no others."""
+    """Within it the model takes rows of several sequences and a `layout`, and no others; not for two threads at once."""
     configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
     before = [
         (c, c._attn_implementation_internal) for c in configs.values() if hasattr(c, "_attn_implementation_internal")
@@ -208,6 +216,7 @@ def _attention(
     attention_mask: Rule,
     *,
     layout: Layout,
+    dropout: float = 0.0,
     scaling: float | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
@@ -215,8 +224,8 @@ def _attention(
     **_: Any,
 ) -> tuple[Tensor, None]:
     """A layer's attention, [1, heads, N, D] each, to [1, N, heads, D]. Raises TypeError for what no layout can do."""
-    if s_aux is not None or position_bias is not None or not callable(attention_mask):
-        raise TypeError("its attention has sinks, biases or a mask of its own")
+    if dropout or s_aux is not None or position_bias is not None or not callable(attention_mask):
+        raise TypeError("its attention has dropout, sinks, biases or a mask of its own")
     device = query.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
     query, key, value = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))

@@ -55,7 +55,7 @@ class Gradient:
     metrics: dict[str, float]
     """Weighted means."""
     tokens: int
-    """Tokens fed forward."""
+    """Tokens of the groups, the prompt counted with every completion."""
 
 
 def gradient(
@@ -72,9 +72,8 @@ def gradient(
     """Accumulate the gradient of one optimizer batch; the split into micro-batches does not change it.
 
     Micro-batches hold groups of similar length, as many as have `micro_tokens` tokens but no more than `micro_batch`. A
-    coupled objective is given the
-    whole batch's log-probs, taken without a graph; their gradient is then carried through the model by micro-batches,
-    which is exact and costs one more forward pass.
+    coupled objective is given the whole batch's log-probs, taken without a graph; their gradient is then carried through
+    the model by micro-batches, which is exact and costs one more forward pass.
     """
     first = next(model.parameters())
     device, dtype = first.device, torch.promote_types(first.dtype, torch.float32)

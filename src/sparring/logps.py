@@ -26,13 +26,17 @@ import torch
 from torch import Tensor, nn
 
 from sparring import packed
-from sparring.attention import is_packed
+from sparring.attention import is_packed, unwrapped
 
 log = logging.getLogger("sparring")
 
-_MOST_TOKENS = 2**14
+MOST_TOKENS = 2**14
 _PACKS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
-"""Whether a model takes the fast path, of those that were asked for it or forbidden to."""
+"""Whether a model takes the fast path, of those that were asked."""
+_PLAIN = "sparring_plain"
+_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+_BY_LONGEST = {"dynamic", "longrope"}
+"""Rotations of positions that depend on the longest row of a pass."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ def token_logps(
     if sharpen <= 0:
         raise ValueError(f"sharpen is 1/temperature, above 0; not {sharpen:g}")
     # In training mode layers may be checkpointed: they are computed again in the backward pass, when `packed` has ended
-    lasting = not model.training or is_packed(model)
+    lasting = not (model.training and torch.is_grad_enabled()) or is_packed(model)
     if hide is None and lasting and packs(model):
         return packed_token_logps(model, prompts, completions, compute=compute, sharpen=sharpen)
     return plain_token_logps(model, prompts, completions, compute=compute, hide=hide, sharpen=sharpen)
@@ -113,7 +117,9 @@ def packed_token_logps(
 
 def packs(model: nn.Module) -> bool:
     """Whether the fast path gives what the plain one does, tried on a few tokens when a model is first asked."""
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    base = unwrapped(model)
+    if getattr(base, _PLAIN, False):
+        return False
     if base not in _PACKS:
         problem = _problem(base)
         if problem:
@@ -123,8 +129,8 @@ def packs(model: nn.Module) -> bool:
 
 
 def use_plain(model: nn.Module) -> None:
-    """Have a model take the plain path from now on."""
-    _PACKS[model] = False
+    """Have a model and its copies take the plain path from now on."""
+    setattr(unwrapped(model), _PLAIN, True)
 
 
 @torch.no_grad()
@@ -132,6 +138,12 @@ def _problem(model: nn.Module) -> str | None:
     """Why a model cannot take the fast path; None where it can."""
     if not getattr(model, "_supports_attention_backend", False):
         return "its attention cannot be chosen"
+    text: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
+    # A few tokens would not tell: fresh weights hardly mix tokens, and rotations change in long rows only
+    if other := set(getattr(text, "layer_types", None) or ()) - _LAYERS:
+        return f"it has layers of kind {min(other)}"
+    if rotation(text) in _BY_LONGEST:
+        return f"its rotation of positions ({rotation(text)}) depends on the longest row"
     most = min(_vocabulary(model), 1000)
     ids = [(7 * i + 3) % most for i in range(24)]
     prompts, completions = [ids[:3], ids[:3], ids[3:8]], [ids[8:12], ids[12:13], ids[13:24]]
@@ -145,7 +157,7 @@ def _problem(model: nn.Module) -> str | None:
     finally:
         model.train(training)
     apart = float(((fast - plain).abs() / (1 + plain.abs())).max())
-    return None if apart < 1e-3 else f"it would give log-probs that differ by {apart:.2g}"
+    return None if apart < 1e-4 else f"it would give log-probs that differ by {apart:.2g}"
 
 
 def token_outputs(
@@ -279,10 +291,14 @@ def score(
     A batch has at most `batch_size` rows, and fewer where they have many tokens, or many logits in the plain path.
     `hide` and `sharpen` are those of `token_logps`.
     """
-    runs = [list(run) for _, run in groupby(range(len(prompts)), key=lambda i: prompts[i])]
     plain = hide is not None or not packs(model)
-    most = min(_MOST_TOKENS, packed.MOST_LOGITS // _vocabulary(model)) if plain else _MOST_TOKENS
-    sizes = [len(prompts[run[0]]) * (len(run) if plain else 1) + sum(len(completions[i]) for i in run) for run in runs]
+    most = min(MOST_TOKENS, packed.MOST_LOGITS // _vocabulary(model)) if plain else MOST_TOKENS
+    runs: list[list[int]] = []
+    for prompt, run in groupby(range(len(prompts)), key=lambda i: prompts[i]):
+        own = list(run)
+        lengths = [len(completions[i]) + plain * len(prompt) for i in own]
+        runs += [[own[at] for at in part] for part in batches(lengths, [1] * len(own), batch_size, most)]
+    sizes = [_cost(len(prompts[run[0]]), [len(completions[i]) for i in run], plain) for run in runs]
     order = sorted(range(len(runs)), key=lambda r: (sizes[r], r))
     result: list[tuple[float, ...]] = [()] * len(prompts)
     for chosen in batches([sizes[r] for r in order], [len(runs[r]) for r in order], batch_size, most):
@@ -294,16 +310,30 @@ def score(
     return result
 
 
+def _cost(prompt: int, completions: Sequence[int], plain: bool) -> int:
+    """Tokens of a forward pass over one prompt's completions."""
+    return len(completions) * (prompt + max(completions)) if plain else prompt + sum(completions)
+
+
 def batches(tokens: Sequence[int], rows: Sequence[int], most_rows: int, most_tokens: int) -> list[range]:
-    """Consecutive items in as few batches as have no more rows and tokens than allowed, but one item at least."""
+    """Consecutive items in as few batches as have no more rows and tokens than allowed, but one item at least.
+
+    Items count as if they were as long as the longest of their batch: that is what masks and padded rows cost.
+    """
     found: list[range] = []
-    first, held_rows, held_tokens = 0, 0, 0
+    first, held, longest = 0, 0, 0
     for at, (size, count) in enumerate(zip(tokens, rows, strict=True)):
-        if at > first and (held_rows + count > most_rows or held_tokens + size > most_tokens):
+        if at > first and (held + count > most_rows or (at - first + 1) * max(longest, size) > most_tokens):
             found.append(range(first, at))
-            first, held_rows, held_tokens = at, 0, 0
-        held_rows, held_tokens = held_rows + count, held_tokens + size
+            first, held, longest = at, 0, 0
+        held, longest = held + count, max(longest, size)
     return [*found, range(first, len(tokens))] if tokens else found
+
+
+def rotation(config: Any) -> str | None:
+    """How a text model's configuration has positions rotated (`default`, `yarn`, …); None where it does not say."""
+    found = getattr(config, "rope_parameters", None)
+    return found.get("rope_type") if isinstance(found, dict) else None
 
 
 def _vocabulary(model: nn.Module) -> int:
@@ -320,7 +350,7 @@ def autocast(device: torch.device, compute: torch.dtype | None) -> contextlib.Ab
 
 def _accepts(model: nn.Module) -> frozenset[str]:
     """Names of the arguments of the model's forward; an adapter's wrapper takes anything, so its base is asked."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    base = unwrapped(model)
     return _parameters(getattr(base.forward, "__func__", base.forward))
 
 

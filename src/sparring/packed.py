@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sparring.attention import Tree, packed
+from sparring.attention import Tree, packed, unwrapped
 
 MOST_LOGITS = 2**27
 """Logits of a forward pass that are kept for its backward pass: half a gigabyte in float32."""
@@ -34,7 +34,7 @@ def completion_logps(
     float32, float64 for a float64 model; gradients flow. Logits are multiplied by `sharpen` first. Raises whatever a
     model raises that cannot take such rows: see `logps.token_logps`, which then takes the plain path.
     """
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    base = unwrapped(model)
     tree = Tree(prompts, completions, next(model.parameters()).device)
     tokens = torch.tensor([t for own in completions for c in own for t in c], device=tree.ids.device)
     with packed(model):
@@ -46,6 +46,8 @@ def completion_logps(
             use_cache=False,
             layout=tree,
         )
+    if not tree.asked:
+        raise TypeError("its attention did not ask which tokens belong together")
     hidden = out.last_hidden_state[0].index_select(0, tree.keep)
 
     def piece(hidden: Tensor, tokens: Tensor) -> Tensor:
@@ -72,11 +74,13 @@ def head(base: Any, decoder: nn.Module, hidden: Tensor) -> Tensor:
 @contextlib.contextmanager
 def _answering(decoder: nn.Module, hidden: Tensor) -> Iterator[None]:
     """Within it the decoder gives these hidden states, whatever it is asked."""
+    own = {name: value for name, value in decoder.__dict__.items() if name == "forward"}  # others wrap it so too
     decoder.__dict__["forward"] = lambda *_, **__: _Said(hidden)
     try:
         yield
     finally:
         del decoder.__dict__["forward"]
+        decoder.__dict__.update(own)
 
 
 class _Said:

@@ -228,8 +228,16 @@ def context_length(model_config: Any, tokenizer: PreTrainedTokenizerBase) -> int
     for name in ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length"):
         value = getattr(text, name, None)
         if isinstance(value, int) and value > 0:
-            return value
+            return min(value, _steady(text) or value)
     return int(min(tokenizer.model_max_length, 1 << 20))
+
+
+def _steady(text: Any) -> int | None:
+    """Up to which length rows do not change each other, where positions are rotated by the longest row of a pass."""
+    rope = getattr(text, "rope_parameters", None)
+    if not isinstance(rope, dict) or rope.get("rope_type") not in ("dynamic", "longrope"):
+        return None
+    return rope.get("original_max_position_embeddings") or getattr(text, "original_max_position_embeddings", None)
 
 
 def vocabulary(model_config: Any) -> int | None:

@@ -178,7 +178,8 @@ def sample(
     model.eval()
     try:
         # Without inference mode, in which autocast keeps no casts of weights
-        with torch.no_grad(), autocast(model.device, compute), _castable(models):
+        castable = _castable(models) if compute in (torch.bfloat16, torch.float16) else contextlib.nullcontext()
+        with torch.no_grad(), autocast(model.device, compute), castable:
             longest_first = [prompts[i] for i in order]
             rows = decode(models, longest_first, drawn, max_new_tokens, stop_ids, batch_size, choose)
     finally:
@@ -195,9 +196,9 @@ def sample(
 def _castable(models: Sequence[nn.Module]) -> Iterator[None]:
     """Within it autocast casts a weight once, not at every step: it keeps the casts of weights that could be trained."""
     frozen = [p for m in models for p in m.parameters() if p.is_floating_point() and not p.requires_grad]
-    for parameter in frozen:
-        parameter.requires_grad_(True)
     try:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
         yield
     finally:
         for parameter in frozen:

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sparring.attention import unwrapped
+
 Prompts = Sequence[Sequence[int]]
 Choose = Callable[[list[Tensor], Tensor], tuple[Tensor, Tensor]]
 """Token ids [B] and their log-probs [B] from each model's logits [B, V] and uniforms [B]."""
@@ -151,8 +153,7 @@ class _Recomputed:
 
 
 def _begin(model: Any, prompts: Prompts, room: int) -> tuple[_Cached | _Recomputed, Tensor]:
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # an adapter hides the forward
-    accepted = set(inspect.signature(inner.forward).parameters)
+    accepted = set(inspect.signature(unwrapped(model).forward).parameters)
     if accepted >= _CACHED:
         cached = _Cached(model, accepted, prompts, room)
         logits = cached.start()

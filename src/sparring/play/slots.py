@@ -19,14 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sparring.attention import Layout, Rule, States, Tree, packed, scores
-from sparring.logps import batches, packs
+from sparring.attention import Layout, Rule, States, Tree, packed, scores, unwrapped
+from sparring.logps import MOST_TOKENS, batches, packs
 from sparring.packed import head
 from sparring.play.padded import Choose, Prompts, Row
 
 log = logging.getLogger("sparring")
 
-_MOST_TOKENS = 2**14
 _ALIGNED = 16
 _FREE = 8
 """Slots are filled again, or dropped, when one in so many is free."""
@@ -124,7 +123,7 @@ class Slots:
 
     def __init__(self, model: Any, size: int, room: int) -> None:
         """`size` rows of at most `room` tokens each."""
-        self._base = _base(model)
+        self._base = unwrapped(model)
         self._decoder = self._base.get_decoder()
         self.device = next(model.parameters()).device
         self._store = _Store(size, -(-room // _ALIGNED) * _ALIGNED)
@@ -139,7 +138,7 @@ class Slots:
         sizes = [len(prompts[run[0]]) for run in runs]
         logits = [
             self._read([prompts[runs[r][0]] for r in chosen], [[slots[i] for i in runs[r]] for r in chosen])
-            for chosen in batches(sizes, [1] * len(runs), len(runs), _MOST_TOKENS)
+            for chosen in batches(sizes, [1] * len(runs), len(runs), MOST_TOKENS)
         ]
         return torch.cat(logits)
 
@@ -270,13 +269,13 @@ class _Step:
 
 def decodes(model: nn.Module) -> bool:
     """Whether slots give a model's own logits, tried on a few tokens when a model is first asked."""
-    base = _base(model)
+    base = unwrapped(model)
     if base not in _DECODES:
         problem = "it takes no packed rows" if not packs(base) else _problem(base)
         if problem:
             log.info("%s: decoded in whole batches, slower and with the same answers: %s", type(base).__name__, problem)
         _DECODES[base] = problem is None
-    return _DECODES[base]
+    return packs(base) and _DECODES[base]
 
 
 @torch.no_grad()
@@ -302,7 +301,3 @@ def _problem(base: Any) -> str | None:
     finally:
         base.train(training)
     return None
-
-
-def _base(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
