@@ -160,10 +160,13 @@ def test_stages_one_by_one_make_the_same_players(
 
 
 def test_an_interrupted_run_says_how_to_continue(
-    tiny_recipe: dict[str, Any], tmp_path: Path, finished_run: Path
+    tiny_recipe: dict[str, Any], tmp_path: Path, finished_run: Path, request: pytest.FixtureRequest
 ) -> None:
     from sparring import rundir
 
+    # A shell has what it starts in the background ignore SIGINT: these tests too
+    ours = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, ours))
     file = write_recipe(tmp_path / "recipe.yaml", tiny_recipe)
     before = signal.getsignal(signal.SIGTERM)
     for name, number in (("round_000/groups", signal.SIGTERM), ("round_001/player", signal.SIGINT)):
