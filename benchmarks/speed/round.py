@@ -34,7 +34,7 @@ record.quiet()
 import shapes  # noqa: E402
 import theirs  # noqa: E402
 import torch  # noqa: E402
-from train import BETA, TOLERANCE, end_loss  # noqa: E402
+from train import BETA, TOLERANCE, end_loss, parsed  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 from sparring import api  # noqa: E402
@@ -163,17 +163,7 @@ def medians(rows: Sequence[dict[str, float]]) -> dict[str, float]:
 
 
 def main() -> None:
-    options = record.parser(__doc__)
-    options.add_argument("--models", nargs="+", default=list(shapes.MODELS), choices=list(shapes.MODELS))
-    options.add_argument("--shapes", nargs="+", default=list(shapes.SHAPES), choices=list(shapes.SHAPES))
-    options.add_argument("--pairs", type=int, default=64, help="a multiple of --batch")
-    options.add_argument("--batch", type=int, default=16)
-    options.add_argument("--epochs", type=int, default=2)
-    options.add_argument("--lr", type=float, default=1e-5)
-    options.add_argument("--repeats", type=int, default=5)
-    given = options.parse_args()
-    if given.pairs % given.batch:
-        options.error("--pairs must be a multiple of --batch: TRL's batches would not be sparring's")
+    given = parsed(record.parser(__doc__))
     for name in given.models:
         for shape in given.shapes:
             with tempfile.TemporaryDirectory(prefix="round_") as folder:

@@ -16,6 +16,7 @@ is for bfloat16 what rounding of forward passes gives and for float32 what anoth
 
 from __future__ import annotations
 
+import argparse
 import copy
 import gc
 from collections.abc import Sequence
@@ -134,19 +135,25 @@ def compare(name: str, shape: str, given: Any) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    options = record.parser(__doc__)
+def parsed(options: argparse.ArgumentParser) -> argparse.Namespace:
+    """The options of a benchmark that trains."""
     options.add_argument("--models", nargs="+", default=list(shapes.MODELS), choices=list(shapes.MODELS))
     options.add_argument("--shapes", nargs="+", default=list(shapes.SHAPES), choices=list(shapes.SHAPES))
     options.add_argument("--pairs", type=int, default=64, help="a multiple of --batch")
     options.add_argument("--batch", type=int, default=16)
     options.add_argument("--epochs", type=int, default=2)
     options.add_argument("--lr", type=float, default=1e-5)
-    options.add_argument("--dtype", default="bfloat16", choices=list(TOLERANCE))
     options.add_argument("--repeats", type=int, default=5)
     given = options.parse_args()
     if given.pairs % given.batch:
         options.error("--pairs must be a multiple of --batch: TRL's batches would not be sparring's")
+    return given
+
+
+def main() -> None:
+    options = record.parser(__doc__)
+    options.add_argument("--dtype", default="bfloat16", choices=list(TOLERANCE))
+    given = parsed(options)
     for name in given.models:
         for shape in given.shapes:
             record.emit(compare(name, shape, given), given.out)

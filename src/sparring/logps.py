@@ -4,10 +4,10 @@ Two paths give the same numbers. The fast one (`packed.py`) is taken wherever it
 tried once per model on a few tokens. The plain one takes any causal language model, is what the fast one is tested
 against, and gives logits and hidden states too.
 
-In the plain path rows are laid out as `[prompt completion | pad …]`: padding comes last, so that no causal or recurrent model sees it,
-with or without the mask, and no row is longer than its own tokens. Logits are asked for (`logits_to_keep`) from the
-last token of the shortest prompt on: the vocabulary is projected for no more prompt tokens than prompts differ in
-length. Masks come from lengths, so a pad id that is also a real token does no harm.
+In the plain path rows are laid out as `[prompt completion | pad …]`: padding comes last, so that no causal or recurrent
+model sees it, with or without the mask, and no row is longer than its own tokens. Logits are asked for
+(`logits_to_keep`) from the last token of the shortest prompt on: the vocabulary is projected for no more prompt tokens
+than prompts differ in length. Masks come from lengths, so a pad id that is also a real token does no harm.
 """
 
 from __future__ import annotations
