@@ -26,6 +26,7 @@ DEFAULTS: dict[str, Any] = {
         "chat_template": None,
         "compute": "auto",
         "attention": None,
+        "compile": "auto",
         "logps": "auto",
         "device": "auto",
         "threads": "auto",
@@ -127,7 +128,7 @@ DEFAULTS: dict[str, Any] = {
 SPIN = {"beta": 0.1, "loss": "logistic", "memory": 0, "memory_weight": 1.0, "duplicates": "weight"}
 EXECUTION = {
     "config": {"run", "keep_states"},
-    "model": {"attention", "logps", "device", "threads"},
+    "model": {"attention", "compile", "logps", "device", "threads"},
     "data": set(),
     "play": {"batch_size", "engine"},  # of `engine` its kind counts where it is not hf (tests/test_engines.py)
     "engine": {

@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from sparring import packed
+from sparring import batching
 from sparring.logps import batches, gather, plain_token_logps, score, token_logps, token_outputs, use_plain
 
 PROMPTS = [list(range(3, 21)), [21, 22], [23]]
@@ -107,7 +107,7 @@ def test_a_batch_is_bounded_by_rows_and_by_tokens() -> None:
 
 
 def test_the_plain_path_counts_logits_with_the_models_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed, "MOST_LOGITS", 50 * 28)
+    monkeypatch.setattr(batching, "MOST_LOGITS", 50 * 28)
     model = tiny("llama")
     use_plain(model)
     shapes: list[tuple[int, ...]] = []

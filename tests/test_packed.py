@@ -13,7 +13,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from sparring import packed
+from sparring import batching, packed
 from sparring.attention import Tree
 from sparring.config import ModelConfig
 from sparring.gradient import Setting, gradient
@@ -240,7 +240,7 @@ def test_both_kernels_of_attention_give_the_same(scores: int, monkeypatch: pytes
 def test_logits_that_do_not_fit_are_made_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     model = made(*FAST["soft caps"])
     whole = value_and_gradient(model, packed_token_logps)
-    monkeypatch.setattr(packed, "MOST_LOGITS", 97 * 100)
+    monkeypatch.setattr(batching, "MOST_LOGITS", 97 * 100)
     monkeypatch.setattr(packed, "_PIECE", 97 * 10)
     rows: list[int] = []
     model.lm_head.register_forward_hook(lambda _, __, out: rows.append(out.shape[1]))

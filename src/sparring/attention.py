@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -266,8 +267,14 @@ def _register() -> None:
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
 
-    AttentionInterface.register(NAME, _attention)
+    AttentionInterface.register(NAME, _opaque())
     AttentionMaskInterface.register(NAME, _mask)
+
+
+@cache
+def _opaque() -> Any:
+    """`_attention` as compiled layers (`compiled.py`) call it: a layout is nothing to trace."""
+    return torch.compiler.disable(_attention)  # type: ignore[no-untyped-call]
 
 
 def _mask(*_: Any, mask_function: Rule, **__: Any) -> Rule:

@@ -7,13 +7,18 @@ from collections.abc import Sequence
 MOST_TOKENS = 2**14
 """Of a pass that keeps nothing for a backward pass."""
 MOST_LOGITS = 2**27
-"""Logits of a forward pass that are kept for its backward pass: half a gigabyte in float32."""
+"""Logits of a forward pass that are kept for its backward pass, in float32: half a gigabyte, which is twice as many in bfloat16."""
 PIECE_LOGITS = 2**25
 """Of a piece of the vocabulary's projection where they are more than that."""
 MOST_SCORES = 2**26
 """Attention weights of a pass on CPU that are kept for its backward pass, instead of made again."""
 BLOCK = 192
 """Queries that attention takes together: fewer leave out more scores of keys behind them, and make more small products."""
+
+
+def whole_logits(count: int, size: int) -> bool:
+    """Whether so many logits of `size` bytes are kept as they are, not made in pieces."""
+    return count * size <= 4 * MOST_LOGITS
 
 
 def blocks(width: int) -> int:

@@ -118,7 +118,7 @@ def gradient(
 
     logits = "policy_logits" in objective.needs
     # Checkpointed layers are computed again in the backward pass, and must find the same attention then
-    fast = setting.hide is None and not logits and not setting.companions and packs(model)
+    fast = packed_throughout(model, objective, setting)
     sums: dict[str, Tensor] = {}
 
     def account(policy: LogProbs, batch: Batch) -> None:
@@ -171,6 +171,12 @@ def gradient(
     figures = {name: float(value) for name, value in sums.items()}
     tokens = sum(len(g.completions) * len(g.prompt) + sum(map(len, g.completions)) for g in groups)
     return Gradient(figures.pop("loss"), figures, tokens)
+
+
+def packed_throughout(model: nn.Module, objective: Objective, setting: Setting) -> bool:
+    """Whether all of a batch's log-probs take the fast path, and nothing else is asked of the model."""
+    asked = setting.hide is not None or "policy_logits" in objective.needs or setting.companions
+    return not asked and packs(model)
 
 
 def dealt(order: Sequence[int], sizes: Sequence[int], hands: int) -> list[list[int]]:

@@ -25,7 +25,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from sparring import packed
+from sparring import batching, packed
 from sparring.attention import is_packed, unwrapped
 from sparring.batching import MOST_TOKENS as MOST_TOKENS
 from sparring.batching import batches as batches
@@ -370,7 +370,7 @@ def _scored(
 ) -> list[list[Any]]:  # fmt: skip
     """`table`'s [N, T, …] of any number of rows, each cut to its completion's length, in the order given."""
     if plain:
-        most = min(most, packed.MOST_LOGITS // _vocabulary(model))
+        most = min(most, batching.MOST_LOGITS // _vocabulary(model))
     runs: list[list[int]] = []
     for prompt, run in groupby(range(len(prompts)), key=lambda i: prompts[i]):
         own = list(run)

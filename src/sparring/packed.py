@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from sparring import batching
 from sparring.attention import Tree, packed, unwrapped
-from sparring.batching import MOST_LOGITS as MOST_LOGITS
 from sparring.batching import PIECE_LOGITS as _PIECE
 
-_BLOCK = 2**20
+_BLOCK = 2**17
 
 
 def completion_logps(
@@ -57,11 +57,17 @@ def completion_logps(
         return torch.stack([chosen, (logits.argmax(-1) == tokens).to(chosen.dtype)], -1) if best else chosen
 
     vocabulary = base.get_output_embeddings().weight.shape[0]
-    if len(tokens) * vocabulary <= MOST_LOGITS:
+    if batching.whole_logits(len(tokens) * vocabulary, _precision(hidden).itemsize):
         return piece(hidden, tokens)
     size = max(1, _PIECE // vocabulary)
     pieces = zip(torch.split(hidden, size), torch.split(tokens, size), strict=True)
     return torch.cat([checkpoint(piece, h, t, use_reentrant=False) for h, t in pieces])
+
+
+def _precision(hidden: Tensor) -> torch.dtype:
+    """Of the logits made from hidden states here and now."""
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
 
 def head(base: Any, decoder: nn.Module, hidden: Tensor) -> Tensor:

@@ -106,7 +106,7 @@ def train(
     total, end = total_steps(len(groups), settings), last_step(len(groups), settings)
     every = max(1, end // guard.checks) if guard else end
     step, backoffs = _restore(trained, optimizer, settings, states.load())
-    _prepare(model, settings)
+    prepare(model, settings)
     if guard and step == 0 and backoffs == 0:
         states.save(0, _snapshot(trained, optimizer, 0))
     on_step(step, end, {"backoffs": backoffs})
@@ -234,8 +234,8 @@ def _shuffle(size: int, seed: int) -> Tensor:
     return torch.randperm(size, generator=torch.Generator().manual_seed(seed))
 
 
-def _prepare(model: nn.Module, settings: TrainConfig) -> None:
-    """Dropout off: the frozen log-probs were taken without it, so a round would not start at log 2."""
+def prepare(model: nn.Module, settings: TrainConfig) -> None:
+    """Set a learner up for training, dropout off: the frozen log-probs were taken without it, so a round would not start at log 2."""
     model.eval()
     if settings.gradient_checkpointing:
         # transformers recomputes activations only in training mode, so every dropout is set to 0 by hand.

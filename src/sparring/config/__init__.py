@@ -61,6 +61,13 @@ class ModelConfig(Section):
     logps: Literal["auto", "plain"] = _doc(
         "auto", "auto: log-probs without padding where the model allows it; plain: a padded row each.", execution=True
     )
+    compile: Literal["auto", "always", "never"] = _doc(
+        "auto",
+        "torch.compile of the layers in training, on the fast path of log-probs and in one process. auto: where "
+        "training takes five minutes or more and a timed trial says that it pays, kept in the run's compile.json; "
+        "always: without a trial.",
+        execution=True,
+    )
     device: str = _doc("auto", "`auto`, `cpu`, `cuda` or `cuda:N`.", execution=True)
     threads: int | Literal["auto"] | None = _doc(
         "auto",

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from sparring.batching import MOST_LOGITS, MOST_SCORES, PIECE_LOGITS, blocks
+from sparring.batching import MOST_SCORES, PIECE_LOGITS, blocks, whole_logits
 from sparring.cost.shapes import Shape
 
 Pieces = Mapping[str, float]
@@ -143,7 +143,7 @@ def logits(shape: Shape, where: Where, rows: Pass, *, learns: bool) -> float:
         count = rows.padded * shape.vocabulary
         return count * (where.size + 3 * FLOAT) * (2 if learns else 1)
     count = rows.scored * shape.vocabulary
-    some = min(PIECE_LOGITS, count) if count > MOST_LOGITS else count
+    some = count if whole_logits(count, where.size) else min(PIECE_LOGITS, count)
     return some * where.size * (2 if learns else 1)
 
 

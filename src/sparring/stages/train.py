@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparring import controls, players
+from sparring.batching import batches
 from sparring.card import model_card
-from sparring.errors import SparringError
+from sparring.errors import InputError, SparringError
 from sparring.plan import RoundPlan
 from sparring.progress import Progress
 from sparring.rundir import Counts
-from sparring.rundir.store import Rows, read_json, write_shard
+from sparring.rundir.store import Rows, read_json, write_json, write_shard
 from sparring.rundir.view import RunView
 from sparring.types import Example, Frozen, Group, Player
 from sparring.workshop import Workshop
@@ -23,6 +24,7 @@ from sparring.workshop import Workshop
 if TYPE_CHECKING:
     from torch import nn
 
+    from sparring.gradient import Setting
     from sparring.sharding import Sharded, Team
 
 log = logging.getLogger("sparring")
@@ -104,21 +106,25 @@ def player(shop: Workshop, folder: Path, *, r: RoundPlan) -> Counts:
             role: shop.beside(shop.resolve(r, role)) for role in r.frozen if "frozen_logits" in r.method.needs
         }
         extras = _extras(r, model, seed)
-        outcome = train(
-            model,
-            paired,
-            held,
-            r.method,
-            r.settings.train,
-            # Where several processes work, the supervisor makes the metrics of the log
-            shop.metrics.recorded(states, r.t)
-            if team is None
-            else ShardedStates(states, team, trained_parameters(model, extras)),
-            seed=seed,
-            setting=Setting(shop.compute, shop.hidden(r), companions, extras, team),
-            guard=_watch(shop, r) if r.has("held") else None,
-            on_step=partial(_told, shop.progress),
-        )
+        setting = Setting(shop.compute, shop.hidden(r), companions, extras, team)
+        with ExitStack() as stack:
+            if team is None:
+                _compile(shop, r, stack, model, paired, held, setting, seed)
+            outcome = train(
+                model,
+                paired,
+                held,
+                r.method,
+                r.settings.train,
+                # Where several processes work, the supervisor makes the metrics of the log
+                shop.metrics.recorded(states, r.t)
+                if team is None
+                else ShardedStates(states, team, trained_parameters(model, extras)),
+                seed=seed,
+                setting=setting,
+                guard=_watch(shop, r) if r.has("held") else None,
+                on_step=partial(_told, shop.progress),
+            )
         if team is None:
             sha = _saved(shop, r, model, folder)
             shop.keep(model, sha)
@@ -130,6 +136,55 @@ def player(shop: Workshop, folder: Path, *, r: RoundPlan) -> Counts:
     if outcome.steps < outcome.total:
         counts["ended_early"] = f"{outcome.steps} of {outcome.total} steps"
     return {"sha": sha, **counts}
+
+
+def _compile(
+    shop: Workshop,
+    r: RoundPlan,
+    stack: ExitStack,
+    model: nn.Module,
+    paired: Sequence[Group],
+    held: Mapping[str, Sequence[Frozen]],
+    setting: Setting,
+    seed: int,
+) -> None:
+    """Have the learner's layers compiled until `stack` ends, where that is wanted or was found to pay for this round.
+
+    Raises InputError where they are to be compiled and cannot be.
+    """
+    from sparring import compiled
+    from sparring.gradient import gradient, packed_throughout
+    from sparring.train import batch_rows, prepare, total_steps
+
+    wanted, settings = shop.config.model.compile, r.settings.train
+    if wanted == "never" or not packed_throughout(model, r.method, setting):
+        return
+    # The groups of a first pass, the same whenever the round goes on
+    rows = batch_rows(0, len(paired), settings.batch_size, seed)
+    sizes = [len(paired[i].prompt) + sum(map(len, paired[i].completions)) for i in rows]
+    rows = [rows[i] for i in batches(sizes, [1] * len(rows), settings.micro_batch, settings.micro_tokens)[0]]
+    chosen, beside = [paired[i] for i in rows], {role: [table[i] for i in rows] for role, table in held.items()}
+
+    def once() -> None:
+        gradient(
+            model, chosen, beside, r.method, micro_batch=len(rows), micro_tokens=1 << 40, setting=setting,
+            keys=range(len(rows)),
+        )  # fmt: skip
+        for module in (model, setting.extras):
+            if module is not None:
+                module.zero_grad(set_to_none=True)
+
+    prepare(model, settings)
+    file = shop.run.path / compiled.FILE
+    record = read_json(file) if file.exists() else {}
+    if wanted == "auto" and r.folder not in record:
+        passes = total_steps(len(paired), settings) * settings.batch_size / len(rows)
+        record |= {r.folder: compiled.settled(model, once, passes)}
+        write_json(file, record)
+    if wanted == "always" or record[r.folder]["pays"]:
+        problem = compiled.begin(stack, model, once)
+        if problem and wanted == "always":
+            raise InputError(f"model.compile: always, but the layers cannot be compiled ({problem}); say auto or never")
 
 
 @contextmanager
