@@ -164,8 +164,17 @@ def saved(shape: Shape, compute: torch.dtype | None, rank: int = 0) -> int:
 
 
 @pytest.mark.parametrize(("compute", "rank", "rel"), [(None, 0, 0), (None, 3, 0), (torch.bfloat16, 0, 0.03)])
-def test_a_layer_keeps_what_autograd_saves(compute: torch.dtype | None, rank: int, rel: float) -> None:
-    """The difference between a model of three layers and one of two is one layer's; masks and rotations are shared."""
+@pytest.mark.parametrize(("short", "weights"), [(128, 2**26), (0, 2**26), (0, 0)])
+def test_a_layer_keeps_what_autograd_saves(
+    compute: torch.dtype | None, rank: int, rel: float, short: int, weights: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The difference between a model of three layers and one of two is one layer's; masks and rotations are shared.
+
+    Rows are short, or long ones in tiles, whose attention weights are kept or not.
+    """
+    for module in ("sparring.attention", "sparring.cost.memory"):
+        monkeypatch.setattr(f"{module}.SHORT", short)
+        monkeypatch.setattr(f"{module}.MOST_SCORES", weights)
     two, three = (saved(replace(TINY, layers=n), compute, rank) for n in (2, 3))
     where = Where(compute is not None, False, lora_rank=rank)
     assert memory.kept(TINY, where, work.rows(ITEMS)) == pytest.approx(three - two, rel=rel)
@@ -241,7 +250,7 @@ def test_micro_batches_are_the_trainers() -> None:
     """At most so many padded tokens: 20, 19 and 21 long make two batches of 45 tokens."""
     split = work.micro_batches([Item(10, (5, 5)), Item(9, (5, 5)), Item(11, (5, 5))], 64, 45)
     assert [[i.prompt for i in part] for part in split] == [[9, 10], [11]]
-    assert work.rows(split[0]) == Pass(2, 18, 35, 20)
+    assert work.rows(split[0]) == Pass(2, 18, 35, 20, ((9, 4, 4), (10, 4, 4)))
 
 
 @pytest.mark.parametrize(

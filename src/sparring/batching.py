@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
 
 MOST_TOKENS = 2**14
 """Of a pass that keeps nothing for a backward pass."""
@@ -12,8 +14,11 @@ PIECE_LOGITS = 2**25
 """Of a piece of the vocabulary's projection where they are more than that."""
 MOST_SCORES = 2**26
 """Attention weights of a pass on CPU that are kept for its backward pass, instead of made again."""
-BLOCK = 192
-"""Queries that attention takes together: fewer leave out more scores of keys behind them, and make more small products."""
+SHORT = 128
+"""Longest row of which attention takes all queries together, in as many rows as there are."""
+BLOCK, BLOCK_HALF = 128, 192
+"""Queries of longer rows that attention takes together, in two bytes a number more: those are multiplied faster."""
+_WASTE = 96 * 96
 
 
 def whole_logits(count: int, size: int) -> bool:
@@ -21,9 +26,56 @@ def whole_logits(count: int, size: int) -> bool:
     return count * size <= 4 * MOST_LOGITS
 
 
-def blocks(width: int) -> int:
-    """In how many parts of nearly equal size attention takes a row of so many queries, each against keys up to its end."""
-    return max(1, round(width / BLOCK))
+class Tile(NamedTuple):
+    """Queries of a row that attention takes together, from `start` to `end`; their keys end with them."""
+
+    start: int
+    end: int
+    prompt: int
+    """Keys of the prompt that come first where some behind the prompt are left out, else 0."""
+    rest: int
+    """Where the other keys begin."""
+
+    @property
+    def keys(self) -> int:
+        return self.prompt + self.end - self.rest
+
+
+def tiles(segments: Sequence[int], *, half: bool, forward: bool) -> list[Tile]:
+    """How attention takes a row of a prompt and its completions, of so many tokens each.
+
+    A completion leaves the ones before it out, where those are more than a tile's own cost is worth; in two bytes a
+    number (`half`) tiles are larger. Queries that may see keys behind them (not `forward`) stay with all of those.
+    """
+    prompt, at = segments[0], 0
+    runs, rest = [0], prompt
+    for i, size in enumerate(segments):
+        if i > 1 and size * (at - rest) > _WASTE:
+            runs.append(at)
+            rest = at
+        at += size
+    found: list[Tile] = []
+    for start, end in pairwise((*runs, at)):
+        number = max(1, round((end - start) / (BLOCK_HALF if half else BLOCK))) if forward else 1
+        size = rounded(-(-(end - start) // number), half=half)
+        keys = (prompt, start) if start > prompt else (0, 0)
+        found += [Tile(a, min(end, a + size), *keys) for a in range(start, end, size)]
+    return found
+
+
+def rounded(size: int, *, half: bool) -> int:
+    """Queries or keys of a tile with its padding.
+
+    In bfloat16 a product of new sizes costs 1 to 3 ms once, for which code is made: so there are few different sizes.
+    """
+    step = 32 if half else 16
+    return -(-size // step) * step
+
+
+def extents(rows: Sequence[Sequence[int]], *, half: bool) -> list[tuple[int, int]]:
+    """Queries and keys, padding included, of the tiles of rows of such segments."""
+    made = [tile for segments in rows for tile in tiles(segments, half=half, forward=True)]
+    return [(rounded(t.end - t.start, half=half), rounded(t.keys, half=half)) for t in made]
 
 
 def batches(tokens: Sequence[int], rows: Sequence[int], most_rows: int, most_tokens: int) -> list[range]:

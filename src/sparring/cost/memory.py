@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from sparring.batching import MOST_SCORES, PIECE_LOGITS, blocks, whole_logits
+from sparring.batching import MOST_SCORES, PIECE_LOGITS, SHORT, extents, whole_logits
 from sparring.cost.shapes import Shape
 
 Pieces = Mapping[str, float]
@@ -39,6 +39,8 @@ class Pass:
     """Of all rows, prompts once."""
     scored: int
     """Completion tokens, for which the vocabulary is projected."""
+    segments: tuple[tuple[int, ...], ...] = ()
+    """Of every row its prompt and completions; where they are not said, all rows are one sequence of the longest."""
 
     @property
     def padded(self) -> int:
@@ -97,31 +99,30 @@ def kept(shape: Shape, where: Where, rows: Pass) -> float:
     """Bytes that one layer keeps for the backward pass.
 
     Two norms keep their input, it normalised for the gradient of their weight, and in float32 their output; attention
-    its padded queries, keys, values and weights (or, fused, repeated keys and values and its output) and the output
-    before o_proj; the MLP its gate, silu(gate), up and their product. In bfloat16 the norms stay float32 and keep no
+    its queries, keys, values and, where they are not too many, weights (or, fused, padded queries, repeated keys and
+    values and its output) and the output before o_proj; the MLP its gate, silu(gate), up and their product. In bfloat16 the norms stay float32 and keep no
     output, but each of five linear layers keeps its own cast of it. An adapter keeps what lies between its two factors.
     """
     h, q, k, inner, size = shape.hidden, shape.queries, shape.keys, shape.inner, where.size
     inputs, scaled = 2 * FLOAT * h, 2 * FLOAT * h * (not where.lora_rank)
     norms = inputs + scaled + (5 * 2 * h if where.bf16 else 2 * FLOAT * h)
-    attention = size * (q + 2 * k) if _products(shape, where, rows) else size * 4 * q + FLOAT * shape.heads
-    weighed = size * _scores(shape, rows) * _seen(rows) if _products(shape, where, rows) else 0.0
-    return rows.tokens * (norms + size * (q + 4 * inner + 7 * where.lora_rank)) + rows.padded * attention + weighed
+    if where.cuda:
+        attention = rows.padded * (size * 4 * q + FLOAT * shape.heads)
+    else:
+        weights, _, places = _weighed(shape, where, rows)
+        attention = size * (places * (q + 2 * k) + weights)
+    return rows.tokens * (norms + size * (q + 4 * inner + 7 * where.lora_rank)) + attention
 
 
-def _scores(shape: Shape, rows: Pass) -> float:
-    return rows.padded * rows.longest * shape.heads
-
-
-def _seen(rows: Pass) -> float:
-    """Share of the scores that is made: a block of queries leaves the keys behind it out."""
-    n = blocks(rows.longest)
-    return (n + 1) / (2 * n)
-
-
-def _products(shape: Shape, where: Where, rows: Pass) -> bool:
-    """Whether attention is made of products whose weights are kept, as on CPU where they are few."""
-    return not where.cuda and _scores(shape, rows) <= MOST_SCORES
+def _weighed(shape: Shape, where: Where, rows: Pass) -> tuple[int, int, int]:
+    """Attention weights that a layer keeps on CPU, those that it makes at a time, and tokens with their padding."""
+    whole = rows.padded * rows.longest * shape.heads
+    if rows.longest <= SHORT and whole <= MOST_SCORES:
+        return whole, whole, rows.padded
+    parts = extents(rows.segments or ((rows.longest,),) * rows.rows, half=where.bf16)
+    made = shape.heads * sum(queries * keys for queries, keys in parts)
+    widest = shape.heads * max(queries * keys for queries, keys in parts)
+    return made * (made <= MOST_SCORES), widest, rows.tokens + max(max(part) for part in parts)
 
 
 def passing(shape: Shape, where: Where, rows: Pass) -> float:
@@ -199,7 +200,8 @@ def training(
         whole = shape.layers * FLOAT * shape.hidden * most.tokens + kept(shape, where, most)
     last = FLOAT * 3 * shape.hidden * most.tokens
     wide = logits(shape, where, most, learns=True) + (0 if where.lora_rank else FLOAT * shape.head / n)
-    within = 3 * where.size * (shape.inner * most.tokens + 0.5 * _scores(shape, most) * _products(shape, where, most))
+    at_a_time = 0 if where.cuda else _weighed(shape, where, most)[1]
+    within = 3 * where.size * (shape.inner * most.tokens + 0.5 * at_a_time)
     learning = {"activations": whole + last, "logits": max(wide, within)}
     learning |= {"gradients": gradients} if accumulates else {}
     update = {"optimizer": state, "gradients": gradients, "casts": 0.0}

@@ -74,9 +74,9 @@ class Machine:
 
 def rows(items: Sequence[Item]) -> Pass:
     """One pass over items: a prompt once, and the last token of a completion not at all."""
-    tokens = sum(i.prompt + sum(max(0, c - 1) for c in i.completions) for i in items)
-    longest = max(i.prompt + sum(max(0, c - 1) for c in i.completions) for i in items)
-    return Pass(len(items), longest, tokens, sum(sum(i.completions) for i in items))
+    segments = tuple((i.prompt, *(max(0, c - 1) for c in i.completions)) for i in items)
+    sizes = [sum(own) for own in segments]
+    return Pass(len(items), max(sizes), sum(sizes), sum(sum(i.completions) for i in items), segments)
 
 
 def alone(items: Sequence[Item]) -> Pass:
