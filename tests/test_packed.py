@@ -13,7 +13,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from sparring import batching, packed
+from sparring import attention, batching, packed
 from sparring.config import ModelConfig
 from sparring.gradient import Setting, gradient
 from sparring.logps import packed_token_logps, packs, plain_token_logps, score, token_logps, use_plain
@@ -169,7 +169,24 @@ def test_a_prompt_is_computed_once_and_no_padding_is() -> None:
     model.lm_head.register_forward_pre_hook(lambda _, given: shapes.append(tuple(given[0].shape[:2])))
     token_logps(model, PROMPTS, COMPLETIONS)
     tokens = sum(map(len, COMPLETIONS))
-    assert shapes == [(1, 12 + 30 + 3 + 1 + tokens - len(COMPLETIONS)), (1, tokens)]
+    assert (12 + 30 + 3 + 1 + tokens - len(COMPLETIONS), tokens) == (182, 144)
+    assert shapes == [(1, 184), (1, 144)], "filled up to multiples of 8"
+
+
+def test_few_sizes_occur_and_a_sixteenth_is_added_at_most() -> None:
+    sizes = {n + batching.filler(n) for n in range(1025, 4097)}
+    assert sizes == {*range(1024 + 64, 2049, 64), *range(2048 + 128, 4097, 128)}
+    assert [batching.filler(n) for n in (0, 1, 30, 33, 64, 65, 1024, 1025)] == [0, 0, 0, 1, 0, 3, 0, 63]
+    assert all(16 * batching.filler(n) <= n for n in range(10_000))
+
+
+def test_what_fills_a_row_up_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = made(*FAST["grouped heads"])
+    filled = value_and_gradient(model, packed_token_logps)
+    for module in (attention, batching):
+        monkeypatch.setattr(module, "filler", lambda count: 0)
+    for a, b in zip(filled, value_and_gradient(model, packed_token_logps), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
 def test_the_configuration_is_what_it_was() -> None:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sparring.batching import MOST_SCORES, SHORT, Tile, rounded, tiles
+from sparring.batching import MOST_SCORES, SHORT, Tile, filler, rounded, tiles
 
 NAME = "sparring"
 Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -218,9 +218,17 @@ class Tree:
     """
 
     def __init__(
-        self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[Sequence[int]]], device: torch.device
+        self,
+        prompts: Sequence[Sequence[int]],
+        completions: Sequence[Sequence[Sequence[int]]],
+        device: torch.device,
+        *,
+        fill: bool = False,
     ) -> None:
-        """`completions[b]` are those of `prompts[b]`; neither a prompt nor a completion is empty."""
+        """`completions[b]` are those of `prompts[b]`; neither a prompt nor a completion is empty.
+
+        With `fill` the row is as long as other rows of about as many tokens (`batching.filler`).
+        """
         ids: list[int] = []
         positions: list[int] = []
         keep: list[int] = []
@@ -236,6 +244,11 @@ class Tree:
                 ids += completion[:-1]
                 positions += range(len(prompt), len(prompt) + len(completion) - 1)
                 segments[-1].append(len(completion) - 1)
+        if more := fill * filler(len(ids)):
+            # A row that nothing is asked of: none sees it, so that it gets no gradient
+            ids += ids[:1] * more
+            positions += [0] * more
+            segments.append([more])
         self._segments = segments
         sizes = [sum(own) for own in segments]
         self.rows, self.width = len(sizes), max(sizes)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from sparring import batching
@@ -36,8 +37,10 @@ def completion_logps(
     rows: see `logps.token_logps`, which then takes the plain path.
     """
     base = unwrapped(model)
-    tree = Tree(prompts, completions, next(model.parameters()).device)
-    tokens = torch.tensor([t for own in completions for c in own for t in c], device=tree.ids.device)
+    tree = Tree(prompts, completions, next(model.parameters()).device, fill=True)
+    wanted = [t for own in completions for c in own for t in c]
+    more = [0] * batching.filler(len(wanted))
+    tokens, keep = torch.tensor(wanted + more, device=tree.ids.device), functional.pad(tree.keep, (0, len(more)))
     with packed(model):
         decoder = base.get_decoder()
         out = decoder(
@@ -49,7 +52,7 @@ def completion_logps(
         )
     if not tree.asked:
         raise TypeError("its attention did not ask which tokens belong together")
-    hidden = out.last_hidden_state[0].index_select(0, tree.keep)
+    hidden = out.last_hidden_state[0].index_select(0, keep)
 
     def piece(hidden: Tensor, tokens: Tensor) -> Tensor:
         logits = head(base, decoder, hidden)
@@ -58,10 +61,10 @@ def completion_logps(
 
     vocabulary = base.get_output_embeddings().weight.shape[0]
     if batching.whole_logits(len(tokens) * vocabulary, _precision(hidden).itemsize):
-        return piece(hidden, tokens)
+        return piece(hidden, tokens)[: len(wanted)]
     size = max(1, _PIECE // vocabulary)
     pieces = zip(torch.split(hidden, size), torch.split(tokens, size), strict=True)
-    return torch.cat([checkpoint(piece, h, t, use_reentrant=False) for h, t in pieces])
+    return torch.cat([checkpoint(piece, h, t, use_reentrant=False) for h, t in pieces])[: len(wanted)]
 
 
 def _precision(hidden: Tensor) -> torch.dtype:
