@@ -122,7 +122,7 @@ def test_who_measures_is_part_of_what_was_measured(tree: Callable[..., dict[str,
     assert keys("evaluate.engine=vllm", "engine.arguments=[x]")["start/eval"] != vllm["start/eval"]
 
 
-@pytest.mark.cluster
+@pytest.mark.slow
 def test_two_processes_with_half_a_player_each_are_one(
     alone: Path, tree: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
