@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,13 @@ from hypothesis import strategies as st
 
 import teams
 from sparring import adapters
+from sparring.cost import Shape, memory
+from sparring.cost.memory import Pass, Where
 from sparring.gradient import dealt
 from teams import CASES, WARM
 
 TESTS = Path(__file__).parent
+SHAPE = Shape("llama", 16, 2, 4, 2, 24, teams.VOCAB, 64)
 STOP = 3
 """A step amid the second epoch's six."""
 Job = tuple[str, str, dict[str, Any]]
@@ -192,7 +196,9 @@ def test_a_player_in_shards_scores_as_a_whole_one(size: int, start: Any, tmp_pat
         if "bfloat16" in told[0]:
             wanted = teams.player_scores(case, whole, torch.bfloat16)
             assert all(one["bfloat16"] == wanted for one in told), name
-            assert all(one["casts"] == teams.VOCAB * 16 for one in told)  # of the largest matrix, while it is used
+            # Of the largest matrix, while it is used; what a plan says of it
+            said = memory.scoring(SHAPE, Where(True, False, devices=max(2, size)), [Pass(1, 1, 1, 1)])["casts"]
+            assert all(2 * one["casts"] == said for one in told)
 
 
 @pytest.mark.cluster
@@ -202,6 +208,9 @@ def test_casts_are_kept_no_longer_than_their_layer(pair: Path) -> None:
     assert teams.casts_of_a_step(None, teams.DEEP) == 6 * layer + head
     told = [torch.load(pair / "casts-rmsprop" / f"{n}.pt") for n in (0, 1)]
     assert told == [layer, layer]
+    shape, where = replace(SHAPE, layers=6), Where(True, False, devices=2, checkpointing=True)
+    said = memory.training(shape, where, "rmsprop", [Pass(1, 1, 1, 1)], [], steps=1, accumulates=True)
+    assert said["casts"] == 2 * layer
 
 
 @given(st.lists(st.integers(1, 50), max_size=30), st.integers(1, 8))

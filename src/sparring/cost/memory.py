@@ -8,7 +8,7 @@ gradients, the optimizer's state, what layers keep for the backward pass (`logps
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sparring.batching import MOST_LOGITS, MOST_SCORES, PIECE_LOGITS, blocks
 from sparring.cost.shapes import Shape
@@ -84,12 +84,18 @@ def widest(*held: Pieces) -> dict[str, float]:
 
 
 def weights(shape: Shape, where: Where, copies: int = 1) -> dict[str, float]:
-    """Float32 masters of `copies` whole models, and one model's matrices as bfloat16 compute needs them."""
-    held: dict[str, float] = {"weights": FLOAT * shape.parameters * copies}
+    """Float32 masters of `copies` models, and one model's matrices as bfloat16 compute needs them.
+
+    On several devices each has its part of the masters; the embeddings and three layers are gathered whole, and one
+    matrix at a time is cast.
+    """
+    numbers = shape.parameters * copies + (shape.adapter(where.lora_rank) if where.lora_rank else 0)
+    held: dict[str, float] = {"weights": FLOAT * numbers / where.devices}
+    if where.devices > 1:
+        held["gathered"] = FLOAT * (3 * shape.layer + (1 if shape.tied else 2) * shape.head)
     if where.bf16:
-        held["casts"] = 2 * (shape.layers * shape.layer + shape.head)
-    if where.lora_rank:
-        held["weights"] += FLOAT * shape.adapter(where.lora_rank)
+        widest = max(shape.inner * shape.hidden, shape.head)
+        held["casts"] = 2 * (widest if where.devices > 1 else shape.layers * shape.layer + shape.head)
     return held
 
 
@@ -157,6 +163,20 @@ def playing(shape: Shape, where: Where, width: int, room: int, prompts: Pass, mo
     return _beside(shape, where, held, prompts)
 
 
+def served(
+    shape: Shape, where: Where, spread: int, room: int, width: int, context: int, most: float
+) -> tuple[Pieces, int]:
+    """What vLLM holds on each of `spread` devices, and how many sequences of `room` tokens it has under way.
+
+    Weights in compute precision; keys and values of at most `width` sequences, as many as `most` bytes leave room for, but
+    of one as long as the context, without which it does not start.
+    """
+    held = where.size * shape.parameters / spread
+    token = 2 * shape.keys * shape.layers * where.size / spread
+    some = max(1, min(width, int((most - held) // (room * token))))
+    return {"weights": held, "keys and values": token * max(some * room, context)}, some
+
+
 def scoring(shape: Shape, where: Where, rows: Sequence[Pass]) -> Pieces:
     """Log-probs of rows, of which nothing is kept."""
     most = max(rows, key=lambda r: _score(shape, where, r))
@@ -182,15 +202,16 @@ def training(
 
     accumulates: a step has several passes, so that gradients are there while activations are. On several devices
     masters, gradients and the optimizer's state are divided among them; the embeddings, two layers and the gradient of
-    one are gathered whole, in float32, and bfloat16 casts stay whole for the backward pass.
+    one are gathered whole, in float32, but not for the update. bfloat16 casts stay for the backward pass: of all layers,
+    but where several devices recompute layers of one.
     """
     changed, n = trained(shape, where), where.devices
     held = weights(shape, where)
-    if n > 1:
-        held["weights"] /= n
-        held["gathered"] = FLOAT * (3 * shape.layer + (1 if shape.tied else 2) * shape.head)
+    if where.bf16 and n > 1:
+        every = shape.layers * shape.layer + shape.head
+        held["casts"] = 2 * (max(shape.layer, shape.head) if where.checkpointing else every)
     if companions:
-        held["companions"] = companions * sum(weights(shape, where).values())
+        held["companions"] = companions * sum(weights(shape, replace(where, devices=1)).values())
     gradients, state = FLOAT * changed / n, FLOAT * changed * STATES[optimizer] / n
     held["optimizer"] = state if steps > 1 else 0.0
     most = max(micro, key=lambda r: _learn(shape, where, r))
@@ -202,7 +223,7 @@ def training(
     within = 3 * where.size * (shape.inner * most.tokens + 0.5 * _scores(shape, most) * _products(shape, where, most))
     learning = {"activations": whole + last, "logits": max(wide, within)}
     learning |= {"gradients": gradients} if accumulates else {}
-    update = {"optimizer": state, "gradients": gradients, "casts": 0.0}
+    update = {"optimizer": state, "gradients": gradients, "casts": 0.0, "gathered": 0.0}
     update["update"] = FLOAT * changed / n if where.cuda else 2 * FLOAT * shape.head * (not where.lora_rank)
     read = {"gradients": gradients, "pass": max((_score(shape, where, r) for r in reading), default=0.0)}
     held = widest(held | learning, held | update, held | read)
