@@ -188,8 +188,8 @@ def work(number: int, size: int, place: Path, jobs: Sequence[tuple[str, str, dic
         raise
 
 
-ROWS = [(g.prompt, c) for g in groups() for c in (*g.completions, ())]
-"""Prompts with two completions and an empty one each; batches of these rows are seven or eight."""
+ROWS = [(g.prompt, c) for g in groups() for c in (*g.completions, ())] + [((5, 6), ()), ((7,), ())]
+"""Eleven prompts with two completions and an empty one each, and two with an empty one alone."""
 
 
 def player_scores(case: Case, made: Any, compute: torch.dtype | None) -> list[tuple[float, ...]]:

@@ -18,6 +18,7 @@ from sparring import api
 from sparring.errors import InputError
 from sparring.evaluate import Item
 from sparring.loop import Step, steps
+from sparring.progress import Live, Progress
 from sparring.rundir.store import Rows, read_json
 from sparring.types import Frozen, Group, Sample
 from test_crew import Program, check_same
@@ -75,9 +76,27 @@ def check_rows(run: Path, other: Path) -> None:
 
 
 @pytest.fixture
-def alone(tree: Callable[..., dict[str, Any]]) -> Path:
+def told(monkeypatch: pytest.MonkeyPatch) -> dict[str, Live]:
+    """Stage to what its progress said at its end."""
+    found: dict[str, Live] = {}
+    stop = Progress._stop
+
+    def noted(self: Progress) -> None:
+        found[self.live.stage] = self.live
+        stop(self)
+
+    monkeypatch.setattr(Progress, "_stop", noted)
+    return found
+
+
+@pytest.fixture
+def alone(told: dict[str, Live], tree: Callable[..., dict[str, Any]]) -> Path:
     """The run by one process."""
-    return sparring.run(tree("alone")).path
+    run = sparring.run(tree("alone")).path
+    # Answers, gold ones with them; the guard's, and the scores of two completions each at two temperatures
+    done = {"start/eval": 4 * 3, "start/tasks/sums": 2 * 2, "round_000/held": 4 * 5, "round_000/samples": 12}
+    assert {stage: (told[stage].done, told[stage].total) for stage in done} == {s: (n, n) for s, n in done.items()}
+    return run
 
 
 def test_an_engine_measures_players_too(alone: Path, tree: Callable[..., dict[str, Any]]) -> None:

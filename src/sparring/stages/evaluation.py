@@ -72,7 +72,7 @@ def answer_shards(shop: Workshop, folder: Path, *, number: int) -> None:
             on_rows=shop.progress.did,
         )
 
-    _parts(shop, folder, 2 + settings.samples, part)
+    _parts(shop, folder, part, 2 + settings.samples)
 
 
 def played_shards(shop: Workshop, folder: Path, *, number: int) -> None:
@@ -85,7 +85,7 @@ def played_shards(shop: Workshop, folder: Path, *, number: int) -> None:
             settings, verifier = shop.config.evaluate, _verifier(shop)
             return played(ask, examples, rows, settings, shop.renderer, verifier, seed=shop.config.seed)
 
-        _parts(shop, folder / PLAYED, 1 + shop.config.evaluate.samples, part)
+        _parts(shop, folder / PLAYED, part, 1 + shop.config.evaluate.samples)
 
 
 def gold_shards(shop: Workshop, folder: Path, *, number: int) -> None:
@@ -95,24 +95,26 @@ def gold_shards(shop: Workshop, folder: Path, *, number: int) -> None:
     def part(examples: Sequence[Example], rows: Sequence[Rendered]) -> list[Item]:
         return scored(shop.model(tested), rows, batch_size=size, compute=shop.compute, on_rows=shop.progress.did)
 
-    _parts(shop, folder / GOLD, 1, part)
+    _parts(shop, folder / GOLD, part, 1, before=1 + shop.config.evaluate.samples)
 
 
 def _parts(
-    shop: Workshop, folder: Path, each: int, make: Callable[[Sequence[Example], Sequence[Rendered]], list[Item]]
-) -> None:
-    """Shards of the held-out prompts' rows, `each` for a prompt."""
+    shop: Workshop, folder: Path, make: Callable[[Sequence[Example], Sequence[Rendered]], list[Item]], each: int,
+    before: int = 0,
+) -> None:  # fmt: skip
+    """Shards of the held-out prompts' rows, `each` for a prompt, which has `before` already elsewhere."""
     examples = {example.id: example for example in Rows(shop.run.path / "data" / "heldout", Example)}
     _, rows = _asked(shop)
     folder.mkdir(exist_ok=True)
-    shop.progress.begin(len(rows) * each, "answers")
+    shop.progress.begin(len(rows) * (2 + shop.config.evaluate.samples), "answers")
+    shop.progress.reached(len(rows) * before)
 
     def part(at: int) -> list[Item]:
         asked = rows[at : at + PART]
         return make([examples[row.example_id] for row in asked], asked) if asked else []
 
     starts = range(0, max(1, len(rows)), PART)
-    done = [each * min(len(rows), at + PART) for at in starts]
+    done = [len(rows) * before + each * min(len(rows), at + PART) for at in starts]
     shop.write(folder, Item, [partial(part, at) for at in starts], lambda n: shop.progress.reached(done[n]))
 
 
@@ -164,7 +166,7 @@ def task_played(shop: Workshop, folder: Path, *, number: int, task: TaskConfig) 
         return
     file.parent.mkdir(exist_ok=True)
     rows, settings, play = _generation(shop, number, task, given)
-    shop.progress.begin(len(rows.rows) * (1 + task.samples), "answers")
+    shop.progress.begin(len(rows.rows) * (2 + task.samples), "answers")
     with Engine(shop, shop.config.evaluate.engine, folder) as engine:
         ask, verifier = _ask(engine, shop.player(number), play), load_verifier(tasks.verifier_of(task, shop.config))
         items = played(ask, given.examples, rows.rows, settings, shop.renderer, verifier, seed=shop.config.seed)
@@ -192,8 +194,8 @@ def task_scored(shop: Workshop, folder: Path, *, number: int, task: TaskConfig) 
     how |= {"verifier": judge, "temperature": settings.temperature, "max_new_tokens": play.max_new_tokens}
     how |= {"fitting": rendering.counts}
     verifier = load_verifier(judge)
+    shop.progress.begin(len(rows) * (2 + task.samples), "answers")
     if config.evaluate.engine_kind == "hf":
-        shop.progress.begin(len(rows) * (2 + task.samples), "answers")
         result = evaluate(
             shop.model(tested),
             tested,
@@ -207,7 +209,7 @@ def task_scored(shop: Workshop, folder: Path, *, number: int, task: TaskConfig) 
             **shared,
         )
     else:
-        shop.progress.begin(len(rows), "answers")
+        shop.progress.reached(len(rows) * (1 + task.samples))
         gold = scored(shop.model(tested), rows, batch_size=play.batch_size, **shared)
         result = Evaluation(figures(rows, [*gold, *Rows(folder / PLAYED, Item)], verifier), gold)
     return _write(shop, folder, result, how | given.told)

@@ -53,7 +53,7 @@ def held_played(shop: Workshop, folder: Path, *, r: RoundPlan) -> None:
     settings = r.settings.play.model_copy(update={"temperature": 1.0, "top_p": 1.0, "top_k": 0, "samples": 1})
     # The seed's sign keeps these answers apart from those that are trained on
     seed = -1 - shop.config.seed
-    shop.progress.begin(len(rows), "answers")
+    shop.progress.begin(_readings(rows, r), "answers")
     if name != "hf":
         with Engine(shop, name, folder) as engine:
             answers = engine.play(rows, start, settings, seed=seed, round=r.t, role="opponent", indices=range(1))
@@ -74,7 +74,8 @@ def held_scored(shop: Workshop, folder: Path, *, r: RoundPlan) -> Counts:
         return {"prompts": 0}
     start, hot = shop.resolve(r, "start"), max(1.0, r.settings.play.temperature)
     model, answers = shop.model(start), Rows(folder / ANSWERS, Sample)
-    shop.progress.begin(len(rows) * 2 * (1 + (hot > 1)), "answers")
+    shop.progress.begin(_readings(rows, r), "answers")
+    shop.progress.reached(len(rows))
     paired = [
         Group(row.example_id, row.prompt, (row.gold, sample.tokens), (1.0, 0.0), 1.0, ("gold", sample.id), r.t)
         for row, sample in zip(rows, answers, strict=True)
@@ -100,6 +101,11 @@ def held_scored(shop: Workshop, folder: Path, *, r: RoundPlan) -> Counts:
         "hot_displacement": controls.displacement(both[controls.GOLD :: 2]),
         "hot_kl": controls.divergence(both[controls.SAMPLE :: 2]),
     }
+
+
+def _readings(rows: Sequence[Rendered], r: RoundPlan) -> int:
+    """Answers, and the scores of two completions each, at one or two temperatures."""
+    return len(rows) * (1 + 2 * (1 + (r.settings.play.temperature > 1)))
 
 
 def _held_out(shop: Workshop, r: RoundPlan) -> Sequence[Rendered]:
