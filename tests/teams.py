@@ -218,7 +218,7 @@ class Casts(TorchDispatchMode):
 def _score_player(own: Team, place: Path, case: Case) -> None:
     """A player in shards: its scores in three precisions, its passes, its part of the weights and the casts it keeps."""
     with own.turn():
-        made = own.share(learner(case).requires_grad_(False))
+        made = own.share(learner(case))
     told: dict[str, Any] = {"parts": sum(p.to_local().numel() for p in made.parameters()), "passes": 0}  # type: ignore[union-attr, misc]
 
     def counted(*_: Any) -> None:

@@ -29,6 +29,7 @@ from sparring.rundir.view import RunView
 from sparring.train import _restore, _snapshot, make_optimizer
 from sparring.types import Player
 from sparring.workshop import Workshop
+from test_card import read, snippet
 
 installed = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
 PLAIN = ModelConfig(device="cpu", threads=1)
@@ -232,6 +233,22 @@ def test_a_run(qlora_run: Path) -> None:
         assert players.base_of(view.players[number].path).quantize == "nf4"
     start = Bench(view, [view.players[-1]])._models[0][1]
     assert start.model.layers[0].mlp.up_proj.weight.dtype == torch.uint8
+
+
+@installed
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's affair
+def test_its_card_loads_the_base_in_4_bits(qlora_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The bits are those that the player was trained on."""
+    player = RunView(qlora_run).players[1]
+    text, found = read(player.path)[1], dict[str, Any]()
+    # On a CPU bitsandbytes 0.50 fails in generating with the matrix of 96 inputs, which transformers packs too
+    exec(snippet(text, player.path).partition("turns =")[0], found)
+    capsys.readouterr()
+    ours = Bench(RunView(qlora_run), [player])._models[0][1]
+    theirs, mine = (m.get_base_model().model.layers[0].mlp.up_proj.base_layer for m in (found["model"], ours))
+    assert theirs.weight.dtype == torch.uint8 and torch.equal(theirs.weight, mine.weight)
+    assert (theirs.weight.quant_state.blocksize, theirs.compute_dtype) == (64, torch.float32)
+    assert theirs.weight.quant_state.nested
 
 
 @installed

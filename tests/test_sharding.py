@@ -187,7 +187,7 @@ def test_a_player_in_shards_scores_as_a_whole_one(size: int, start: Any, tmp_pat
     start(size, tmp_path / "players", [("player", name, {}) for name in teams.PLAYERS])
     for name, case in teams.PLAYERS.items():
         told = [torch.load(tmp_path / "players" / f"player-{name}" / f"{n}.pt") for n in range(size)]
-        whole = teams.learner(case).requires_grad_(False)
+        whole = teams.learner(case)
         weights = sum(p.numel() for p in whole.parameters())
         assert sum(one["parts"] for one in told) == weights and max(one["parts"] for one in told) < 1.2 * weights / size
         assert {one["passes"] for one in told} == {-(-11 // size)}  # a pass of empty ones alone is none

@@ -220,8 +220,7 @@ class Workshop:
         if self._team is not None:
             self._models.clear()
             with self._team.turn():
-                whole = self.aside().model(player).requires_grad_(False)
-                self._models[player.sha] = (player.sha, self._team.share(whole))
+                self._models[player.sha] = (player.sha, self._team.share(self.aside().model(player)))
             return
         # Whoever was trained here is an adapter; any other player counts as a whole model, even where it is stored as one
         if self._lora and player.round not in (None, self.plan.first):
