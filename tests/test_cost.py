@@ -208,9 +208,8 @@ def test_memory_of_training_by_hand() -> None:
     assert eight["weights"] == 4 * 7_241_732_096 / 8
     assert eight["optimizer"] == 2 * eight["weights"]
     # At the update, which is the most of two devices, nothing is gathered or cast
-    two = memory.training(
-        shape, Where(True, True, devices=2), "adamw", [Pass(1, 700, 700, 500)], [], steps=9, accumulates=True
-    )
+    where = Where(True, True, devices=2, checkpointing=True)
+    two = memory.training(shape, where, "adamw", [Pass(1, 700, 700, 500)], [], steps=9, accumulates=True)
     assert sum(two.values()) == 5 * two["weights"] == 5 * 2 * 7_241_732_096
     lora = memory.training(
         shape, Where(True, True, lora_rank=16), "adamw", [Pass(1, 700, 700, 500)], [], steps=9, accumulates=True

@@ -244,8 +244,9 @@ def test_its_card_loads_the_base_in_4_bits(qlora_run: Path, capsys: pytest.Captu
     # On a CPU bitsandbytes 0.50 fails in generating with the matrix of 96 inputs, which transformers packs too
     exec(snippet(text, player.path).partition("turns =")[0], found)
     capsys.readouterr()
-    ours = Bench(RunView(qlora_run), [player])._models[0][1]
-    theirs, mine = (m.get_base_model().model.layers[0].mlp.up_proj.base_layer for m in (found["model"], ours))
+    start = Bench(RunView(qlora_run), [RunView(qlora_run).players[-1]])._models[0][1]
+    mine = start.model.layers[0].mlp.up_proj
+    theirs = found["model"].get_base_model().model.layers[0].mlp.up_proj.base_layer
     assert theirs.weight.dtype == torch.uint8 and torch.equal(theirs.weight, mine.weight)
     assert (theirs.weight.quant_state.blocksize, theirs.compute_dtype) == (64, torch.float32)
     assert theirs.weight.quant_state.nested
