@@ -21,6 +21,8 @@ import sparring
 from helpers import character_tokenizer, cli, recipe, write_recipe
 from sparring import adapters, lowbit, players
 from sparring.config import Config, ModelConfig, TrainConfig
+from sparring.cost import Shape, memory
+from sparring.cost.memory import Where
 from sparring.errors import InputError
 from sparring.logps import token_logps
 from sparring.preview import Bench
@@ -128,6 +130,26 @@ def test_a_quantised_model_is_what_its_bits_stand_for(wide: Path, kind: str) -> 
     assert model.lm_head.weight.dtype == model.model.embed_tokens.weight.dtype == torch.float32
     # The kernel for inference that some CPUs have would cut the gradient of whatever is trained after it
     assert (logps(model) - rounded).abs().max() < 1e-6 and not layer.support_avx512bf16_for_cpu
+
+
+@installed
+def test_a_plan_counts_its_bytes() -> None:
+    """All that a model holds, scales with it; tables that are the same for any matrix (1.1 kB each) left out."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = Shape("llama", hidden=256, layers=2, heads=4, key_heads=2, inner=512, vocabulary=80, context=64)
+    config = LlamaConfig(
+        vocab_size=80, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, bos_token_id=None, eos_token_id=None, pad_token_id=None,
+    )  # fmt: skip
+    model = lowbit.quantised(LlamaForCausalLM(config), "nf4", torch.float32, torch.device("cpu"))
+    held = 0
+    for parameter in model.parameters():
+        held += parameter.nbytes
+        if state := getattr(parameter, "quant_state", None):
+            held += state.absmax.nbytes + state.state2.absmax.nbytes
+    said = memory.weights(shape, Where(False, True, quantized=True))
+    assert said == {"weights": held, "unpacked": 4 * 256 * 512}
 
 
 @installed

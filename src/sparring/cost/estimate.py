@@ -112,7 +112,9 @@ class _Estimator:
         self._config, self._plan, self._shape, self._texts, self._hardware = config, plan, shape, given, hardware
         self._bf16 = uses_bf16(config, hardware)
         self.rates = rates or assumed(hardware.device, self._bf16)
-        self._base = Where(self._bf16, hardware.device.cuda, lora_rank=config.model.lora_rank)
+        self._base = Where(
+            self._bf16, hardware.device.cuda, lora_rank=config.model.lora_rank, quantized=bool(config.model.quantize)
+        )
         cut = config.cluster.players == "sharded"
         self._scorer = replace(self._base, devices=hardware.count if cut else 1)
         self._groups: dict[int, list[Item]] = {}
@@ -150,6 +152,8 @@ class _Estimator:
         engines |= {self._config.evaluate.engine_kind}
         if whole > self._hardware.device.usable and ("hf" in engines or self._scorer.devices == 1):
             lines.append(f"every device that plays or scores holds a whole player: {whole / 1e9:.0f} GB")
+        if self._base.quantized:
+            lines.append("not counted: the time in which 4 bits are unpacked")
         if "vllm" in engines:
             size, copies = self._engines
             lines.append(f"vllm: {copies} of {size} devices each; what it reaches is assumed, its start is not counted")

@@ -23,6 +23,8 @@ HEAP, HEAP_LEARNING, HEAP_ADAPTER = 1.5, 0.8, 1.4
 pass, in training, and in training an adapter, whose small tensors lie between; measured (docs/plan.md)."""
 _HEAP_BLOCK, _LEARNING_BLOCK = 64e6, 14e6
 """Bytes of a layer's widest tensor from which blocks are given back instead; measured likewise."""
+PACKED = 0.5 + 1 / 64 + 4 / (64 * 256)
+"""Bytes of a weight in 4 bits: every 64 share a scale of 8 bits, and 256 scales one of 32 (`lowbit.py`)."""
 _ALIGNED = 16
 STATES = {"rmsprop": 1, "adamw": 2, "adamw_8bit": 0.5, "paged_adamw_8bit": 0.5, "paged_adamw_32bit": 2}
 """Float32 numbers that an optimizer keeps per trained weight; paged ones may lie in the machine's memory instead."""
@@ -54,6 +56,8 @@ class Where:
     cuda: bool
     devices: int = 1
     lora_rank: int = 0
+    quantized: bool = False
+    """The base's layers are in 4 bits."""
     checkpointing: bool = False
     plain: bool = False
     """The method reads logits, so that rows are padded and logits of all of them are kept."""
@@ -70,6 +74,9 @@ def _beside(shape: Shape, where: Where, held: Pieces, rows: Pass, learns: bool =
         return held
     passing = sum(size for name, size in held.items() if name in ("pass", "logits", "activations"))
     block = rows.tokens * shape.inner * where.size
+    if where.quantized:
+        # Loaded whole, before it is packed
+        held = widest(held, {"weights": FLOAT * shape.parameters})
     learning = HEAP_ADAPTER if where.lora_rank else HEAP_LEARNING
     heap = learning * (block < _LEARNING_BLOCK) if learns else HEAP * (block < _HEAP_BLOCK)
     return {"program": PROGRAM, **held, "heap": heap * passing}
@@ -87,10 +94,14 @@ def weights(shape: Shape, where: Where, copies: int = 1) -> dict[str, float]:
     """Float32 masters of `copies` models, and one model's matrices as bfloat16 compute needs them.
 
     On several devices each has its part of the masters; the embeddings and three layers are gathered whole, and one
-    matrix at a time is cast.
+    matrix at a time is cast. Of layers in 4 bits one matrix at a time is unpacked.
     """
     numbers = shape.parameters * copies + (shape.adapter(where.lora_rank) if where.lora_rank else 0)
     held: dict[str, float] = {"weights": FLOAT * numbers / where.devices}
+    if where.quantized:
+        held["weights"] -= (FLOAT - PACKED) * copies * shape.layers * shape.layer
+        held["unpacked"] = where.size * shape.inner * shape.hidden
+        return held | ({"casts": 2 * shape.head} if where.bf16 else {})
     if where.devices > 1:
         held["gathered"] = FLOAT * (3 * shape.layer + (1 if shape.tied else 2) * shape.head)
     if where.bf16:

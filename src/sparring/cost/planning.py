@@ -54,11 +54,11 @@ def plan(
     from sparring.api import configured
 
     _, config = configured(recipe, overrides)
-    if config.model.quantize:
-        raise InputError(
-            f"model.quantize: {config.model.quantize}: not counted yet; plan without it, it takes more than with"
-        )
     shape, machine = shape_of(config.model), parse(hardware)
+    if config.model.quantize and machine.count > 1:
+        raise InputError(
+            f"model.quantize: {config.model.quantize}: works in one process only; plan for one device, or leave it out"
+        )
     if any(s.engine_kind == "vllm" for s in (config.evaluate, *(r.play for r in config.rounds))):
         _check_spread(config.engine.tensor_parallel, machine)
     given = _texts(config, prompts, prompt_tokens, answer_tokens, sample_tokens)
@@ -194,7 +194,7 @@ def _machines(config: Config, hardware: Hardware) -> Iterator[Iterator[_Change]]
     def change(machine: Hardware) -> _Change:
         return _Change(f"--hardware {machine}", config, machine)
 
-    if hardware.device.cuda:
+    if hardware.device.cuda and not config.model.quantize:
         yield (change(Hardware(count, hardware.device)) for count in _COUNTS if count > hardware.count)
     larger = sorted((d for d in DEVICES.values() if d.memory > hardware.device.memory), key=lambda d: d.memory)
     yield (change(Hardware(hardware.count, device)) for device in larger)
