@@ -201,6 +201,17 @@ def test_a_player_in_shards_scores_as_a_whole_one(size: int, start: Any, tmp_pat
             assert all(2 * one["casts"] == said for one in told)
 
 
+@pytest.mark.gpu
+def test_every_gpu_holds_a_part_of_a_player(start: Any, tmp_path: Path) -> None:
+    size = torch.cuda.device_count()
+    start(size, tmp_path / "players", [("player", name, {}) for name in teams.PLAYERS], "cuda")
+    for name, case in teams.PLAYERS.items():
+        told = [torch.load(tmp_path / "players" / f"player-{name}" / f"{n}.pt") for n in range(size)]
+        wanted = teams.player_scores(case, teams.learner(case).to("cuda"), None)
+        for one in told:
+            assert all(got == pytest.approx(line, abs=1e-5) for got, line in zip(one["scores"], wanted, strict=True))
+
+
 @pytest.mark.cluster
 def test_casts_are_kept_no_longer_than_their_layer(pair: Path) -> None:
     """Of one process autocast keeps those of all layers until a pass ends; of several one layer's are there at a time."""
