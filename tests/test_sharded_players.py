@@ -22,7 +22,7 @@ from sparring.progress import Live, Progress
 from sparring.rundir.store import Rows, read_json
 from sparring.types import Frozen, Group, Sample
 from test_crew import Program, check_same
-from test_engines import no_network, serve  # noqa: F401 -- fixtures: loopback is allowed
+from test_engines import no_network, own_server, serve  # noqa: F401 -- fixtures: loopback is allowed
 
 SUMS = [{"prompt": f"what is {n} + 1?", "answer": f"{n + 1}"} for n in (40, 41)]
 COLOURS = [{"prompt": f"{i} is", "choices": ["red", "a very dark blue", "go"], "label": i % 3} for i in range(4)]
@@ -42,7 +42,7 @@ def tree(
         run = tmp_path / name / "run"
 
         def served() -> dict[str, Path]:
-            found = {0: tiny_model, 1: run / "round_000" / "player"}
+            found = {0: tiny_model} | {t + 1: run / f"round_00{t}" / "player" for t in (0, 1)}
             return {f"player {n}": folder for n, folder in found.items() if folder.exists()}
 
         url = serve(served).url
@@ -233,3 +233,24 @@ def test_the_steps_of_a_stage(tree: Callable[..., dict[str, Any]]) -> None:
     by_one = dict.fromkeys(("samples", "held", "task"), (alone, Step("score", False)))
     by_all = {"eval": (alone, Step("score", True)), "frozen": (Step("", True),), "player": (Step("", True),)}
     assert told(prepared.config.model_copy(update={"cluster": whole})) == by_one | by_all
+
+
+@pytest.mark.slow
+def test_vllm_is_there_for_as_long_as_it_samples(
+    tree: Callable[..., dict[str, Any]],
+    tmp_path: Path,
+    own_server: str,  # noqa: F811
+) -> None:
+    """The tests' server stands where vLLM's does; it is started for each stage that samples, in float32."""
+    given = tree("vllm", processes=2, players="sharded")
+    given["play"] |= {"engine": "vllm"}
+    given["evaluate"] |= {"engine": "vllm", "tasks": []}
+    given["engine"] = {"python": own_server}
+    given["model"] |= {"compute": "float32"}
+    program = Program(given, tmp_path)
+    assert program.end() == 0, program.said()
+    run = Path(given["run"])
+    logs = {str(path.parent.relative_to(run)) for path in run.rglob("vllm_0.log")}
+    assert logs == {"start/eval", "round_000/samples", "round_000/held", "round_000/eval"}
+    assert read_json(run / "round_000" / "samples" / "engine_gap.json")["engine_gap_max"] < 1e-5
+    assert len(Rows(run / "round_000" / "eval", Item)) == 4 * 3
