@@ -372,6 +372,9 @@ def test_players_in_shards_make_70b_fit() -> None:
     assert by_name["samples"].memory["weights"] == 68_976_648_192
     one = cost.plan(source, ["engine.tensor_parallel=1"], hardware="16xH100").estimate
     assert {c.name for c in one.misfits} == {"samples", "held", "eval"}
+    # Four hold 35 GB each, for which a share of 30 % has no room
+    less = cost.plan(source, ["engine.gpu_memory=0.3"], hardware="16xH100").estimate
+    assert {c.name for c in less.misfits} == {"samples", "held", "eval"}
     with pytest.raises(InputError, match=r"^engine.tensor_parallel: 4: a machine of 2xH100 has 2; lower it, or"):
         cost.plan(source, hardware="2xH100")
 
