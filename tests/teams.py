@@ -11,18 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparring import adapters, methods
 from sparring.adapters import Base
 from sparring.config import ModelConfig, TrainConfig
 from sparring.crew import FOLDER, Rank
-from sparring.gradient import Setting
-from sparring.logps import packs, plain_token_logps, score
+from sparring.gradient import Setting, gradient
+from sparring.logps import packs, plain_token_logps, score, use_plain
 from sparring.rundir.shards import ShardedStates
 from sparring.rundir.states import TrainStates
 from sparring.sharding import Team, team
-from sparring.train import train, trained_parameters
+from sparring.train import _prepare, train, trained_parameters
 from sparring.types import Frozen, Group
 
 VOCAB = 29
@@ -39,6 +41,7 @@ class Case:
     lora: bool = False
     checkpointing: bool = False
     tied: bool = False
+    plain: bool = False
     layers: int = 2
     epochs: int = 2
 
@@ -52,6 +55,15 @@ CASES = {
     "checkpointing": Case(checkpointing=True),
     "float32": Case(dtype=torch.float32),
 }
+PLAYERS = {
+    "whole": Case(dtype=torch.float32),
+    "double": Case(),
+    "adapter": Case(dtype=torch.float32, lora=True),
+    "plain": Case(dtype=torch.float32, tied=True, plain=True),
+}
+"""Players that are scored."""
+DEEP = Case(dtype=torch.float32, checkpointing=True, layers=6)
+"""A learner of which it is counted what 16 bits add to its memory."""
 
 
 def model(case: Case) -> Any:
@@ -170,14 +182,78 @@ def work(number: int, size: int, place: Path, jobs: Sequence[tuple[str, str, dic
             torch.cuda.set_device(device)
         with team(Rank(number, size, number), place, "test", device, offload=False) as own:
             for what, name, options in jobs:
-                _job(own, place / f"{what}-{name}", what, CASES[name], options)
+                _job(own, place / f"{what}-{name}", what, (PLAYERS if what == "player" else CASES)[name], options)
     except BaseException:
         (place / f"{number}.failed").write_text(traceback.format_exc())
         raise
 
 
+ROWS = [(g.prompt, c) for g in groups() for c in (*g.completions, ())] + [((5, 6), ()), ((7,), ())]
+"""Eleven prompts with two completions and an empty one each, and two with an empty one alone."""
+
+
+def player_scores(case: Case, made: Any, compute: torch.dtype | None) -> list[tuple[float, ...]]:
+    """The scores of `ROWS`, with and without their prompts' common copy."""
+    if case.plain:
+        use_plain(made)
+    return score(made, [p for p, _ in ROWS], [c for _, c in ROWS], batch_size=3, compute=compute)
+
+
+class Casts(TorchDispatchMode):
+    """Counts the numbers in 16 bits that were made from float32 ones and are still there, at the end of the block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._made: list[tuple[StorageWeakRef, int]] = []
+        self.held = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and found.dtype == torch.bfloat16 and found.dim() == 2:
+            self._made.append((StorageWeakRef(found.untyped_storage()), found.numel()))
+            self.held = max(self.held, sum(n for storage, n in self._made if not storage.expired()))
+        return found
+
+
+def _score_player(own: Team, place: Path, case: Case) -> None:
+    """A player in shards: its scores in three precisions, its passes, its part of the weights and the casts it keeps."""
+    with own.turn():
+        made = own.share(learner(case))
+    told: dict[str, Any] = {"parts": sum(p.to_local().numel() for p in made.parameters()), "passes": 0}  # type: ignore[union-attr, misc]
+
+    def counted(*_: Any) -> None:
+        told["passes"] += 1
+
+    hook = made.register_forward_pre_hook(counted)
+    told["scores"] = player_scores(case, made, None)
+    hook.remove()
+    if case.dtype == torch.float32:
+        with Casts() as casts:
+            told["bfloat16"] = player_scores(case, made, torch.bfloat16)
+        told["casts"] = casts.held
+    torch.save(told, place / f"{own.number}.pt")
+
+
+def casts_of_a_step(own: Team | None, case: Case) -> int:
+    """The most numbers in 16 bits that are there at a time of a gradient of two micro-batches."""
+    made: Any = own.share(learner(case)) if own else learner(case)
+    _prepare(made, TrainConfig(gradient_checkpointing=case.checkpointing))
+    with Casts() as casts:
+        gradient(
+            made, groups(4), {"reference": frozen(case, groups(4))["reference"]}, methods.make("spin", {}),
+            micro_batch=1, setting=Setting(torch.bfloat16, team=own),
+        )  # fmt: skip
+    return casts.held
+
+
 def _job(own: Team, place: Path, what: str, case: Case, options: dict[str, Any]) -> None:
     place.mkdir(exist_ok=True)
+    if what == "player":
+        _score_player(own, place, case)
+        return
+    if what == "casts":
+        torch.save(casts_of_a_step(own, DEEP), place / f"{own.number}.pt")
+        return
     if what == "score":
         made = own.share(learner(case))
         fast, plain = packs(made), [(g.prompt, g.completions[0]) for g in groups(5)]

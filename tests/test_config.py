@@ -108,6 +108,7 @@ DEFAULTS: dict[str, Any] = {
         "samples": 1,
         "temperature": 1.0,
         "max_new_tokens": None,
+        "engine": "hf",
         "scorer": None,
         "tasks": (),
         "best": "auto",
@@ -123,7 +124,7 @@ DEFAULTS: dict[str, Any] = {
         "patience": 2,
     },
     "track": {"to": (), "project": "sparring"},
-    "cluster": {"processes": 1, "launcher": None, "cpu_offload": False},
+    "cluster": {"processes": 1, "launcher": None, "players": "whole", "cpu_offload": False},
 }
 SPIN = {"beta": 0.1, "loss": "logistic", "memory": 0, "memory_weight": 1.0, "duplicates": "weight"}
 EXECUTION = {
@@ -145,10 +146,10 @@ EXECUTION = {
         "startup",
     },
     "train": {"micro_batch", "micro_tokens", "gradient_checkpointing", "save_every", "log_every"},
-    "evaluate": {"best", "scorer", "tasks"},  # tasks and wins are stages of their own
+    "evaluate": {"best", "engine", "scorer", "tasks"},  # tasks and wins are stages of their own
     "controls": set(),
     "track": {"to", "project"},
-    "cluster": {"processes", "launcher", "cpu_offload"},
+    "cluster": {"processes", "launcher", "players", "cpu_offload"},
 }
 
 

@@ -739,10 +739,13 @@ def test_players_of_one_stage_are_asked_each_by_its_name(
     prepared = api.prepare(finished_run, [f"play.engine={server.url}", "engine.model=p{player}"])
     shop = Workshop(RunDir(finished_run), prepared.config, prepared.plan, prepared.start)
     rows = shop.rendered("train", 8, 2).rows
-    with Engine(shop, prepared.plan.rounds[-1], tmp_path) as engine:
+    settings = prepared.config.play.model_copy(update={"max_new_tokens": 8})
+    with Engine(shop, server.url, tmp_path) as engine:
         for number, asked in ((1, 3), (2, 3), (2, 2), (1, 3)):
             before = len(server.asked)
-            played = engine.play(rows, shop.player(number), 8, "opponent", range(1))
+            played = engine.play(
+                rows, shop.player(number), settings, seed=0, round=1, role="opponent", indices=range(1)
+            )
             # Another player is asked first for one token
             assert [body["model"] for body in server.asked[before:]] == [f"p{number}"] * asked
             assert {sample.player for sample in played} == {shop.player(number).sha}

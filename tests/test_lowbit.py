@@ -21,6 +21,8 @@ import sparring
 from helpers import character_tokenizer, cli, recipe, write_recipe
 from sparring import adapters, lowbit, players
 from sparring.config import Config, ModelConfig, TrainConfig
+from sparring.cost import Shape, memory
+from sparring.cost.memory import Where
 from sparring.errors import InputError
 from sparring.logps import token_logps
 from sparring.preview import Bench
@@ -29,6 +31,7 @@ from sparring.rundir.view import RunView
 from sparring.train import _restore, _snapshot, make_optimizer
 from sparring.types import Player
 from sparring.workshop import Workshop
+from test_card import read, snippet
 
 installed = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
 PLAIN = ModelConfig(device="cpu", threads=1)
@@ -127,6 +130,26 @@ def test_a_quantised_model_is_what_its_bits_stand_for(wide: Path, kind: str) -> 
     assert model.lm_head.weight.dtype == model.model.embed_tokens.weight.dtype == torch.float32
     # The kernel for inference that some CPUs have would cut the gradient of whatever is trained after it
     assert (logps(model) - rounded).abs().max() < 1e-6 and not layer.support_avx512bf16_for_cpu
+
+
+@installed
+def test_a_plan_counts_its_bytes() -> None:
+    """All that a model holds, scales with it; tables that are the same for any matrix (1.1 kB each) left out."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = Shape("llama", hidden=256, layers=2, heads=4, key_heads=2, inner=512, vocabulary=80, context=64)
+    config = LlamaConfig(
+        vocab_size=80, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, bos_token_id=None, eos_token_id=None, pad_token_id=None,
+    )  # fmt: skip
+    model = lowbit.quantised(LlamaForCausalLM(config), "nf4", torch.float32, torch.device("cpu"))
+    held = 0
+    for parameter in model.parameters():
+        held += parameter.nbytes
+        if state := getattr(parameter, "quant_state", None):
+            held += state.absmax.nbytes + state.state2.absmax.nbytes
+    said = memory.weights(shape, Where(False, True, quantized=True))
+    assert said == {"weights": held, "unpacked": 4 * 256 * 512}
 
 
 @installed
@@ -232,6 +255,23 @@ def test_a_run(qlora_run: Path) -> None:
         assert players.base_of(view.players[number].path).quantize == "nf4"
     start = Bench(view, [view.players[-1]])._models[0][1]
     assert start.model.layers[0].mlp.up_proj.weight.dtype == torch.uint8
+
+
+@installed
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's affair
+def test_its_card_loads_the_base_in_4_bits(qlora_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The bits are those that the player was trained on."""
+    player = RunView(qlora_run).players[1]
+    text, found = read(player.path)[1], dict[str, Any]()
+    # On a CPU bitsandbytes 0.50 fails in generating with the matrix of 96 inputs, which transformers packs too
+    exec(snippet(text, player.path).partition("turns =")[0], found)
+    capsys.readouterr()
+    start = Bench(RunView(qlora_run), [RunView(qlora_run).players[-1]])._models[0][1]
+    mine = start.model.layers[0].mlp.up_proj
+    theirs = found["model"].get_base_model().model.layers[0].mlp.up_proj.base_layer
+    assert theirs.weight.dtype == torch.uint8 and torch.equal(theirs.weight, mine.weight)
+    assert (theirs.weight.quant_state.blocksize, theirs.compute_dtype) == (64, torch.float32)
+    assert theirs.weight.quant_state.nested
 
 
 @installed

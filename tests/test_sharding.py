@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,13 @@ from hypothesis import strategies as st
 
 import teams
 from sparring import adapters
+from sparring.cost import Shape, memory
+from sparring.cost.memory import Pass, Where
 from sparring.gradient import dealt
 from teams import CASES, WARM
 
 TESTS = Path(__file__).parent
+SHAPE = Shape("llama", 16, 2, 4, 2, 24, teams.VOCAB, 64)
 STOP = 3
 """A step amid the second epoch's six."""
 Job = tuple[str, str, dict[str, Any]]
@@ -73,7 +77,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pair(start: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same by two. Read only."""
     jobs: list[Job] = [("train", name, {}) for name in CASES]
-    jobs += [("score", "lora", {}), ("score", "adamw", {}), ("stop", "adamw", {"stop": STOP})]
+    jobs += [("score", "lora", {}), ("score", "adamw", {}), ("stop", "adamw", {"stop": STOP}), ("casts", "rmsprop", {})]
     jobs += [("spoilt", "rmsprop", {"spoil": 1.01})]
     return Path(start(2, tmp_path_factory.mktemp("pair"), jobs))
 
@@ -174,6 +178,50 @@ def test_shards_score_by_the_fast_path_as_the_whole_does(name: str, pair: Path) 
     trained = sum(p.numel() for p in teams.weights(teams.learner(CASES[name])).values())
     assert sum(one["parts"] for one in told) == trained
     assert max(one["parts"] for one in told) < 0.6 * trained
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_a_player_in_shards_scores_as_a_whole_one(size: int, start: Any, tmp_path: Path) -> None:
+    """Bit for bit, for a pass is what it is for a whole player; each process makes every n-th."""
+    start(size, tmp_path / "players", [("player", name, {}) for name in teams.PLAYERS])
+    for name, case in teams.PLAYERS.items():
+        told = [torch.load(tmp_path / "players" / f"player-{name}" / f"{n}.pt") for n in range(size)]
+        whole = teams.learner(case)
+        weights = sum(p.numel() for p in whole.parameters())
+        assert sum(one["parts"] for one in told) == weights and max(one["parts"] for one in told) < 1.2 * weights / size
+        assert {one["passes"] for one in told} == {-(-11 // size)}  # a pass of empty ones alone is none
+        wanted = teams.player_scores(case, whole, None)
+        assert all(one["scores"] == wanted for one in told), name
+        if "bfloat16" in told[0]:
+            wanted = teams.player_scores(case, whole, torch.bfloat16)
+            assert all(one["bfloat16"] == wanted for one in told), name
+            # Of the largest matrix, while it is used; what a plan says of it
+            said = memory.scoring(SHAPE, Where(True, False, devices=max(2, size)), [Pass(1, 1, 1, 1)])["casts"]
+            assert all(2 * one["casts"] == said for one in told)
+
+
+@pytest.mark.gpu
+def test_every_gpu_holds_a_part_of_a_player(start: Any, tmp_path: Path) -> None:
+    size = torch.cuda.device_count()
+    start(size, tmp_path / "players", [("player", name, {}) for name in teams.PLAYERS], "cuda")
+    for name, case in teams.PLAYERS.items():
+        told = [torch.load(tmp_path / "players" / f"player-{name}" / f"{n}.pt") for n in range(size)]
+        wanted = teams.player_scores(case, teams.learner(case).to("cuda"), None)
+        for one in told:
+            assert all(got == pytest.approx(line, abs=1e-5) for got, line in zip(one["scores"], wanted, strict=True))
+
+
+@pytest.mark.cluster
+def test_casts_are_kept_no_longer_than_their_layer(pair: Path) -> None:
+    """Of one process autocast keeps those of all layers until a pass ends; of several one layer's are there at a time."""
+    layer, head = 2 * 16 * (16 + 8) + 3 * 16 * 24, teams.VOCAB * 16
+    assert teams.casts_of_a_step(None, teams.DEEP) == 6 * layer + head
+    told = [torch.load(pair / "casts-rmsprop" / f"{n}.pt") for n in (0, 1)]
+    assert told == [layer, layer]
+    shape, where = replace(SHAPE, layers=6), Where(True, False, devices=2, checkpointing=True)
+    said = memory.training(shape, where, "rmsprop", [Pass(1, 1, 1, 1)], [], steps=1, accumulates=True)
+    assert said["casts"] == 2 * layer
 
 
 @given(st.lists(st.integers(1, 50), max_size=30), st.integers(1, 8))

@@ -87,13 +87,12 @@ def run_stage(path: Path | str, command: str, t: int) -> RunView:
 
     prepared = prepare(Path(path))
     sinks.check(prepared.config.track)
-    if command not in ("judge", "pair"):
-        lowbit.check(prepared.config)
-    if command == "play":
-        engines.check(prepared.config, prepared.plan, RunDir(prepared.path).done)
     found = _round(prepared, t)
     name = STAGE_OF_COMMAND[command]
     stages = [s for s in found.stages if s.name == name]
+    if command not in ("judge", "pair"):
+        lowbit.check(prepared.config)
+        engines.check(prepared.config, prepared.plan, lambda stage: stage not in stages)
     if not stages:
         known = ", ".join(stage.name for stage in found.stages)
         raise InputError(f"{path}: round {t} ({found.method.name}) has no stage {name}; it has {known}")

@@ -19,6 +19,7 @@ from sparring.formatting import NONE, figure, visible
 from sparring.rundir.store import read_json, write_text
 
 if TYPE_CHECKING:
+    from sparring.config import ModelConfig
     from sparring.rundir.view import RoundView, RunView
 
 FILE = "README.md"
@@ -59,7 +60,7 @@ def model_card(
         *([_rounds(made)] if made else []),
         _data(run),
         _results(run, number),
-        _use(is_adapter),
+        _use(run.config.model, is_adapter),
         _versions(run),
     ]
     return "\n\n".join(["---\n" + yaml.safe_dump(front, sort_keys=False, allow_unicode=True) + "---", *parts]) + "\n"
@@ -196,11 +197,21 @@ def _means(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield name.removeprefix("task:").replace(":", " "), figure(value, percent=is_share(name))
 
 
-def _use(is_adapter: bool) -> str:
+def _use(trained: ModelConfig, is_adapter: bool) -> str:
     library, name = ("peft", "AutoPeftModelForCausalLM") if is_adapter else ("transformers", "AutoModelForCausalLM")
     imports = [f"from {library} import {name}", "from transformers import AutoTokenizer"]
     if not is_adapter:
         imports = [f"from transformers import {name}, AutoTokenizer"]
+    load = [f"model = {name}.from_pretrained(path)"]
+    if is_adapter and trained.quantize:
+        imports = ["import torch", imports[0], "from transformers import AutoTokenizer, BitsAndBytesConfig"]
+        load = [
+            "bits = BitsAndBytesConfig(  # of the base, as it was in training; without it the base is whole",
+            f'    load_in_4bit=True, bnb_4bit_quant_type="{trained.quantize}", bnb_4bit_use_double_quant=True,',
+            f"    bnb_4bit_compute_dtype=torch.{trained.compute},",
+            ")",
+            f"model = {name}.from_pretrained(path, quantization_config=bits, dtype=torch.float32)",
+        ]
     lines = [
         "## Use",
         "",
@@ -208,7 +219,7 @@ def _use(is_adapter: bool) -> str:
         *imports,
         "",
         'path = "PATH"  # this folder, or its name on the Hub',
-        f"model = {name}.from_pretrained(path)",
+        *load,
         "tokenizer = AutoTokenizer.from_pretrained(path)",
         'turns = [{"role": "user", "content": "…"}]',
         'inputs = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True, return_tensors="pt")',

@@ -100,13 +100,13 @@ class Orders:
         self._place = run / FOLDER
         self._at = 0
 
-    def add(self, number: int, members: int, stage: str) -> None:
-        """Have the first `members` processes do a stage; orders are numbered from 0."""
+    def add(self, number: int, members: int, stage: str, step: str) -> None:
+        """Have the first `members` processes do a step of a stage; orders are numbered from 0."""
         with (self._place / "orders").open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps([number, members, stage]) + "\n")
+            stream.write(json.dumps([number, members, stage, step]) + "\n")
 
-    def new(self) -> list[tuple[int, int, str]]:
-        """Number, members and stage of every order since the last call."""
+    def new(self) -> list[tuple[int, int, str, str]]:
+        """Number, members, stage and step of every order since the last call."""
         # Opened anew each time: a network file system looks for what is new only then
         with (self._place / "orders").open("rb") as stream:
             stream.seek(self._at)
@@ -141,15 +141,17 @@ class Crew:
         self._orders, self._given = Orders(run), 0
         self._said, self._failed = 0, False
 
-    def do(self, stage: str, members: int, shown: Progress, tell: Callable[[], None] = lambda: None) -> dict[str, Any]:
-        """Have the first `members` processes do a stage; returns what the first one counted, if it did.
+    def do(
+        self, stage: str, step: str, members: int, shown: Progress, tell: Callable[[], None] = lambda: None
+    ) -> dict[str, Any]:
+        """Have the first `members` processes do a step of a stage; returns what the first one counted, if it did.
 
         tell: called now and then meanwhile. Raises the error of one that failed, and SparringError where one is lost.
         """
         if not self._started:
             self._start()
         number, self._given = self._given, self._given + 1
-        self._orders.add(number, members, stage)
+        self._orders.add(number, members, stage, step)
         replies = self._replies(number, members, shown, tell)
         if len(replies) < members or any("counts" not in reply for reply in replies.values()):
             self._fail(stage, replies)

@@ -368,7 +368,10 @@ def _scored(
     model: nn.Module, prompts: Prompts, completions: Prompts, table: Callable[[Prompts, Prompts], Tensor], *,
     batch_size: int, most: int, plain: bool, on_rows: OnRows,
 ) -> list[list[Any]]:  # fmt: skip
-    """`table`'s [N, T, …] of any number of rows, each cut to its completion's length, in the order given."""
+    """`table`'s [N, T, …] of any number of rows, each cut to its completion's length, in the order given.
+
+    Of a model in shards every process makes its part of the same passes, and is given all rows ([N, T] only).
+    """
     if plain:
         most = min(most, batching.MOST_LOGITS // _vocabulary(model))
     runs: list[list[int]] = []
@@ -379,13 +382,19 @@ def _scored(
     sizes = [_cost(len(prompts[run[0]]), [len(completions[i]) for i in run], plain) for run in runs]
     order = sorted(range(len(runs)), key=lambda r: (sizes[r], r))
     result: list[list[Any]] = [[] for _ in prompts]
-    for chosen in batches([sizes[r] for r in order], [len(runs[r]) for r in order], batch_size, most):
-        rows = [i for at in chosen for i in runs[order[at]]]
+    spans = batches([sizes[r] for r in order], [len(runs[r]) for r in order], batch_size, most)
+    passes = [[i for at in span for i in runs[order[at]]] for span in spans]
+    # One without any token would not go through the layers, for which processes wait for each other
+    passes = [rows for rows in passes if any(completions[i] for i in rows)]
+    team = model.team if isinstance(model, Sharded) else None
+    for rows, counts in team.dealt(passes) if team else ((rows, True) for rows in passes):
         lines = table([prompts[i] for i in rows], [completions[i] for i in rows]).tolist()
+        if not counts:
+            continue
         for i, line in zip(rows, lines, strict=True):
             result[i] = line[: len(completions[i])]
         on_rows(len(rows), sum(len(completions[i]) for i in rows))
-    return result
+    return team.joined(result, [len(c) for c in completions]) if team else result
 
 
 def _cost(prompt: int, completions: Sequence[int], plain: bool) -> int:

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from sparring import stages
 from sparring.card import write_cards
+from sparring.config import Config, Sampling
 from sparring.plan import RoundPlan, Stage
 from sparring.rundir import Counts
 from sparring.rundir.store import read_json
@@ -22,6 +25,8 @@ from sparring.workshop import Workshop
 
 log = logging.getLogger("sparring")
 
+PLAY, SCORE = "play", "score"
+"""Steps of a stage in which an engine samples: what that does, and what is ours."""
 MAKE = {
     "samples": stages.samples,  # the opponent answers every prompt
     "scores": stages.scores,  # only methods that judge: what a verifier or scorer says of the answers
@@ -30,8 +35,16 @@ MAKE = {
     "held": stages.held,  # held-out answers of the round's start, by which the guard sees how far training moves
     "player": stages.player,  # groups + frozen + loss → the next player
 }
-SHARED = {"samples": stages.play_shards, "frozen": stages.frozen_shards}
-"""What each of several processes does of a stage that is cut into shards, as `eval` is; `MAKE` then finds them all."""
+PARTS: dict[str, dict[str, Callable[..., Any]]] = {
+    "samples": {"": stages.play_shards, PLAY: stages.play_shards, SCORE: stages.engine_gap},
+    "frozen": {"": stages.frozen_shards},
+    "held": {"": stages.held, PLAY: stages.held_played, SCORE: stages.held_scored},
+    "eval": {"": stages.answer_shards, PLAY: stages.played_shards, SCORE: stages.gold_shards},
+    "task": {"": stages.task, PLAY: stages.task_played, SCORE: stages.task_scored},
+}
+"""What a process does of a stage that several share, or that another engine plays and ours scores."""
+COUNTED = ("samples", "frozen", "eval")
+"""Stages that are counted by the supervisor, from what all have written."""
 LIGHT = ("data", "groups")
 """Stages that need no model, and are done by the supervisor itself."""
 MEASURES = ("eval", "task", "wins")
@@ -79,32 +92,50 @@ def _advance(shop: Workshop, only: Collection[str] | None) -> None:
                 shop.run.states(stage).drop_state()
 
 
-def part(shop: Workshop, folder: str) -> Counts | None:
-    """One process's part of a stage; what was counted where that is all of it."""
+@dataclass(frozen=True)
+class Step:
+    """What several processes do of a stage before the next step begins."""
+
+    name: str
+    all: bool
+    """Every process takes part, else the first alone."""
+    cut: bool = False
+    """Players are cut over all processes, which do everything at the same time."""
+
+
+def steps(config: Config, stage: Stage, r: RoundPlan | None) -> tuple[Step, ...]:
+    """The steps of a stage, in order."""
+    cut = config.cluster.sharded
+    if engined(config, stage, r):
+        return Step(PLAY, False), Step(SCORE, cut or stage.name == "eval", cut)
+    if stage.name == "player":
+        return (Step("", True),)
+    cut = cut and stage.name in ("frozen", "task")
+    return (Step("", cut or stage.name in COUNTED, cut),)
+
+
+def engined(config: Config, stage: Stage, r: RoundPlan | None) -> bool:
+    """Whether another engine than the built-in one samples in a stage."""
+    return stage.name in ("samples", "held", "eval", "task") and sampler(config, stage, r).engine_kind != "hf"
+
+
+def sampler(config: Config, stage: Stage, r: RoundPlan | None) -> Sampling:
+    """The settings that say who samples in a stage that does."""
+    return r.settings.play if stage.name == "samples" and r is not None else config.evaluate
+
+
+def part(shop: Workshop, folder: str, name: str) -> Counts | None:
+    """One process's part of a stage's step; what was counted where that is all of it."""
     making = shop.run.partial(folder)
     of_start = [(stage, None) for stage in (shop.plan.start_eval, *shop.plan.start_tasks)]
     of_rounds = [(stage, r) for r in shop.plan.rounds for stage in r.stages]
     stage, r = next((stage, r) for stage, r in (*of_start, *of_rounds) if stage.folder == folder)
-    number = shop.plan.first if r is None else r.t + 1
-    if stage.name == "eval":
-        stages.answer_shards(shop, making, number=number)
-        return None
-    if r is None or stage.name in MEASURES:
-        return measure(shop, stage, number)(shop, making)
-    if shared(stage, r):
-        SHARED[stage.name](shop, making, r=r)
-        return None
-    return MAKE[stage.name](shop, making, r=r)
-
-
-def engined(stage: Stage, r: RoundPlan | None) -> bool:
-    """Whether a stage is played by an engine in processes of its own."""
-    return stage.name == "samples" and r is not None and r.settings.play.engine_kind != "hf"
-
-
-def shared(stage: Stage, r: RoundPlan | None) -> bool:
-    """Whether several processes share a round's stage by shards; an engine has processes enough."""
-    return stage.name in SHARED and not engined(stage, r)
+    make = PARTS.get(stage.name, {}).get(name) or MAKE.get(stage.name) or stages.wins
+    given = {"r": r} if stage.name in MAKE else _measured(shop, stage, shop.plan.first if r is None else r.t + 1)
+    step = next(step for step in steps(shop.config, stage, r) if step.name == name)
+    with shop.together(f"{folder}-{name}".replace("/", "+")) if step.cut else nullcontext():
+        counts = make(shop, making, **given)
+    return None if stage.name in COUNTED else counts
 
 
 def made(shop: Workshop, stage: Stage, make: Callable[[Workshop, Path], Counts], folder: Path) -> Counts:
@@ -113,25 +144,29 @@ def made(shop: Workshop, stage: Stage, make: Callable[[Workshop, Path], Counts],
     planned = any(other.folder == stage.folder for other in shop.plan.stages)
     if size > 1 and planned and stage.name not in LIGHT:
         r = next((r for r in shop.plan.rounds if stage in r.stages), None)
-        together = stage.name == "eval" or shared(stage, r)
-        members = size if together or stage.name == "player" else 1
-        if engined(stage, r):
-            shop.crew.close()  # the devices are the engine's; the next order starts processes that hold nothing
         # A training's lines come while it lasts
         tell = shop.metrics.sync if stage.name == "player" else lambda: None
-        counts = shop.crew.do(stage.folder, members, shop.progress, tell)
+        counts: Counts = {}
+        for step in steps(shop.config, stage, r):
+            if step.name == PLAY and sampler(shop.config, stage, r).engine_kind == "vllm":
+                shop.crew.close()  # the devices are the engine's; the next order starts processes that hold nothing
+            counts = shop.crew.do(stage.folder, step.name, size if step.all else 1, shop.progress, tell)
         tell()
-        if not together:
+        if stage.name not in COUNTED:
             return counts
     return make(shop, folder)
 
 
 def measure(shop: Workshop, stage: Stage, number: int) -> Callable[[Workshop, Path], Counts]:
     """What makes one of the stages that measure a player."""
-    if stage.name == "task":
-        named = {task.label: task for task in shop.config.evaluate.tasks}
-        return partial(stages.task, number=number, task=named[stage.folder.rpartition("/")[2]])
-    return partial(stages.evaluation if stage.name == "eval" else stages.wins, number=number)
+    kinds: dict[str, Callable[..., Counts]] = {"task": stages.task, "eval": stages.evaluation, "wins": stages.wins}
+    return partial(kinds[stage.name], **_measured(shop, stage, number))
+
+
+def _measured(shop: Workshop, stage: Stage, number: int) -> dict[str, Any]:
+    """Which player such a stage measures, and by which task."""
+    named = {task.label: task for task in shop.config.evaluate.tasks if stage.name == "task"}
+    return {"number": number} | ({"task": named[stage.folder.rpartition("/")[2]]} if named else {})
 
 
 def once(

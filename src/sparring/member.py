@@ -78,13 +78,13 @@ def main(run: Path) -> None:
     orders, shop = crew.Orders(run), None
     since = time.monotonic()
     while True:
-        for number, members, folder in orders.new():
+        for number, members, folder, step in orders.new():
             if rank.number >= members:
                 continue
             try:
                 shop = shop or opened(run, rank)
                 with shop.progress.stage(folder):
-                    counts = loop.part(shop, folder)
+                    counts = loop.part(shop, folder, step)
             except Exception as error:
                 line = told(error)
                 orders.answer(number, rank.number, {"error": line and [type(error).__name__, line[0]]})

@@ -237,6 +237,7 @@ def _round(
         # All held-out prompts are read, so the round's `limit` says nothing here
         reading = {"seed": config.seed, "round": t, "prompts": config.controls.prompts} | compute
         reading |= {k: v for k, v in prompts.items() if k != "limit"} | {"play.temperature": settings.play.temperature}
+        reading |= _sampler(config)
         held = Stage(f"{folder}/held", "held", reading, {"data": data.key} | player("start"))
         stages.append(held)
         inputs |= _keys([held])
@@ -327,7 +328,14 @@ def _eval_settings(config: Config) -> dict[str, Any]:
     verifier = config.evaluate.verifier
     resolved = {"verifier": verifier and identity(verifier), "max_new_tokens": config.evaluation_play.max_new_tokens}
     values = {"seed": config.seed} | _dotted("evaluate", config.evaluate.identity() | resolved)
-    return values | _compute(config) | {"model.chat_template": _template(config)}
+    return values | _sampler(config) | _compute(config) | {"model.chat_template": _template(config)}
+
+
+def _sampler(config: Config) -> dict[str, Any]:
+    """Who samples what players are measured by, where that is another than the built-in engine."""
+    kind = config.evaluate.engine_kind
+    told: dict[str, Any] = {} if kind == "hf" else {"evaluate.engine": kind}
+    return told | (_dotted("engine", config.engine.identity()) if kind == "vllm" else {})
 
 
 def task_stage(config: Config, task: TaskConfig, folder: str, inputs: Mapping[str, str]) -> Stage:
@@ -337,6 +345,8 @@ def task_stage(config: Config, task: TaskConfig, folder: str, inputs: Mapping[st
     """
     compute = _compute(config) | {"model.chat_template": _template(config)}
     settings = {"seed": config.seed} | compute | _dotted("task", tasks.identity(task, config))
+    if "task.verifier" in settings:
+        settings |= _sampler(config)
     return Stage(f"{folder}/tasks/{task.label}", "task", settings, inputs)
 
 

@@ -1,4 +1,4 @@
-"""Training over several processes: torch's own FSDP2 and distributed checkpoints around one learner.
+"""Models over several processes: torch's own FSDP2 around a learner, or around a player that only scores.
 
 Every process holds a part of each parameter, of its gradient and of the optimizer's state; a layer's parameters are
 gathered while it computes. The precision is that of one process: masters are gathered as they are, and autocast does the
@@ -11,11 +11,11 @@ import fcntl
 import gc
 import math
 import socket
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from sparring.attention import unwrapped
 from sparring.crew import FOLDER, Rank
 
+T = TypeVar("T")
 _PATIENCE = timedelta(hours=1)
 """How long a process waits for another one's part, for example while the first one writes a player."""
 
@@ -33,13 +34,19 @@ class Sharded(nn.Module):
     Scoring calls parts of a model (`packed.py`); within this module's call all that no layer holds is there for them.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, team: Team) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.team = model, team
 
     def forward(self, use: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         """`use(model, …)`"""
-        return use(self.model, *arguments, **options)
+        kept = torch.is_autocast_cache_enabled()
+        # Else the casts of all layers would be kept to the end of a pass, and with them what shards are to spare
+        torch.set_autocast_cache_enabled(False)
+        try:
+            return use(self.model, *arguments, **options)
+        finally:
+            torch.set_autocast_cache_enabled(kept)
 
     @property
     def config(self) -> Any:
@@ -52,7 +59,7 @@ class Sharded(nn.Module):
 
 
 class Team:
-    """This process among those that train together."""
+    """This process among those that hold a model together."""
 
     def __init__(self, rank: Rank, run: Path, device: torch.device, offload: bool) -> None:
         from torch.distributed.device_mesh import init_device_mesh
@@ -76,6 +83,21 @@ class Team:
         torch.distributed.all_reduce(values)
         return values
 
+    def dealt(self, passes: Sequence[T]) -> Iterator[tuple[T, bool]]:
+        """This process's part of some passes, each with whether it counts.
+
+        Gathering parameters takes all processes, so all make equally many: who has none left makes the first one again.
+        """
+        for at in range(self.number, len(passes) + -len(passes) % self.size, self.size):
+            yield (passes[at], True) if at < len(passes) else (passes[0], False)
+
+    def joined(self, rows: Sequence[Sequence[float]], lengths: Sequence[int]) -> list[list[float]]:
+        """All rows, each known to one process; the others have it empty."""
+        flat = [value for row, n in zip(rows, lengths, strict=True) for value in (row or [0.0] * n)]
+        found: list[float] = self.sum(torch.tensor(flat, dtype=torch.float64, device=self.device)).tolist()
+        values = iter(found)
+        return [[next(values) for _ in range(n)] for n in lengths]
+
     @contextmanager
     def turn(self) -> Iterator[None]:
         """One process of a machine after the other: within it a whole model is in the machine's memory."""
@@ -94,7 +116,7 @@ class Team:
         names = set(getattr(base, "_no_split_modules", None) or ())
         layers = [module for module in base.modules() if type(module).__name__ in names]
         policy = CPUOffloadPolicy() if self._offload else OffloadPolicy()
-        whole = Sharded(model)
+        whole = Sharded(model, self)
         # Else the root's parameters would stay whole after a pass without gradient, in the midst of a state to save
         for module in [*reversed(layers), whole]:
             fully_shard(module, mesh=self._mesh, reshard_after_forward=True, offload_policy=policy)
@@ -140,7 +162,7 @@ class Team:
 
 @contextmanager
 def team(rank: Rank, run: Path, name: str, device: torch.device, offload: bool) -> Iterator[Team]:
-    """The processes that train together, connected within the block; they find each other by `name`, once."""
+    """The processes that hold models together, connected within the block; they find each other by `name`, once."""
     import torch.distributed as dist
 
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"

@@ -5,12 +5,12 @@ Of whole models the one used last stays in memory; with LoRA the start player do
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from datetime import datetime
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from sparring import adapters, crew, players, progress, prompts, threads
 from sparring.adapters import Base
@@ -21,7 +21,7 @@ from sparring.plan import Plan, RoundPlan
 from sparring.progress import Progress
 from sparring.rundir import RunDir
 from sparring.rundir.metrics import Metrics
-from sparring.rundir.store import Claim, Rows, read_json, write_json
+from sparring.rundir.store import Claim, Rows, read_json, write_json, write_shards
 from sparring.rundir.view import read_run_recipe
 from sparring.sinks import Trackers
 from sparring.types import Example, Player
@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
+    from sparring.sharding import Team
+
+T = TypeVar("T")
 DATE = "date.json"
 
 
@@ -45,6 +48,7 @@ class Workshop:
         self._settled = False
         self._models: dict[str, tuple[str, nn.Module]] = {}
         """Content hash to that of the whole model whose weights it holds, and the model."""
+        self._team: Team | None = None
 
     @cached_property
     def progress(self) -> Progress:
@@ -53,9 +57,48 @@ class Workshop:
             return Progress(crew.progress_file(self.run.path, self.rank.number), terminal=False)
         return Progress(self.run.path / progress.FILE)
 
+    @contextmanager
+    def together(self, name: str) -> Iterator[None]:
+        """Within the block players are cut over all processes, which do everything at the same time.
+
+        name: by which the processes find each other, once.
+        """
+        from sparring.sharding import team
+
+        assert self.rank is not None
+        self.free()
+        with team(self.rank, self.run.path, name, players.device_of(self.config.model), offload=False) as self._team:
+            try:
+                yield
+            finally:
+                self._models.clear()
+                self._team = None
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes what is written once."""
+        return self.rank is None or not self.rank.number
+
     def claim(self, folder: Path) -> Claim:
         """Who makes which shard of a folder: this process all of them, unless several share the work."""
+        if self._team is not None:
+            return lambda n: nullcontext(self.first)
         return (lambda n: nullcontext(True)) if self.rank is None else crew.Claims(self.run.path, folder)
+
+    def write(
+        self,
+        folder: Path,
+        row_type: type[T],
+        chunks: Sequence[Callable[[], Sequence[T]]],
+        on_done: Callable[[int], None],
+    ) -> None:
+        """Make and write this process's part of a folder's shards."""
+        if self._team is None:
+            write_shards(folder, row_type, chunks, on_done, self.claim(folder))
+        else:
+            from sparring.rundir.shards import write_shards_together
+
+            write_shards_together(self._team, folder, row_type, chunks, on_done)
 
     @cached_property
     def crew(self) -> Crew:
@@ -109,6 +152,7 @@ class Workshop:
     def model(self, player: Player) -> nn.Module:
         """A player's weights, kept until another whole model is asked for; of an adapter as long as its base is.
 
+        Within `together` this process's part of them, of which the one asked for last is kept.
         Nothing that is done with another player's model changes it. Raises SparringError if its files were changed.
         """
         if player.sha not in self._models:
@@ -173,6 +217,11 @@ class Workshop:
     def _load(self, player: Player) -> None:
         self._check(player)
         settings = self.config.model
+        if self._team is not None:
+            self._models.clear()
+            with self._team.turn():
+                self._models[player.sha] = (player.sha, self._team.share(self.aside().model(player)))
+            return
         # Whoever was trained here is an adapter; any other player counts as a whole model, even where it is stored as one
         if self._lora and player.round not in (None, self.plan.first):
             base, weights = players.base_of(player.path), adapters.load_weights(Path(player.path))

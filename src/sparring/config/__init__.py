@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import PurePath
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic.config import JsonDict
@@ -160,23 +160,13 @@ class DataConfig(Section):
     )
 
 
-class PlayConfig(Section):
-    """How the opponent answers."""
+class Sampling(Section):
+    """A section whose `engine` says who samples."""
 
-    samples: int = _doc(1, "Answers per prompt.", gt=0)
-    temperature: float = _doc(1.0, "Sampling temperature; 0 is greedy. The paper: 1.", ge=0)
-    top_p: float = _doc(1.0, "Nucleus sampling; 1 is off. The paper: 1.", gt=0, le=1)
-    top_k: int = _doc(0, "Keep the k likeliest tokens; 0 is off.", ge=0)
-    max_new_tokens: int = _doc(256, "Longest answer, in tokens; a longer one is cut and gets no end token.", gt=0)
-    batch_size: int = _doc(64, "Prompts decoded together.", execution=True, gt=0)
-    chunk: int = _doc(512, "Prompts per written shard: what a killed run can lose.", gt=0)
-    engine: str = _doc(
-        "hf",
-        "Who samples: hf (built in), vllm (started and ended by the stage), or the address of an OpenAI-compatible server, "
-        "http://host:port/v1 (docs/engines.md).",
-    )
+    if TYPE_CHECKING:
+        engine: str
 
-    @field_validator("engine")
+    @field_validator("engine", check_fields=False)
     @classmethod
     def _engine_is_known(cls, engine: str) -> str:
         if engine in ("hf", "vllm") or engine.startswith(("http://", "https://")):
@@ -194,8 +184,25 @@ class PlayConfig(Section):
         return fields if self.engine_kind == "hf" else fields | {"engine": self.engine_kind}
 
 
+class PlayConfig(Sampling):
+    """How the opponent answers."""
+
+    samples: int = _doc(1, "Answers per prompt.", gt=0)
+    temperature: float = _doc(1.0, "Sampling temperature; 0 is greedy. The paper: 1.", ge=0)
+    top_p: float = _doc(1.0, "Nucleus sampling; 1 is off. The paper: 1.", gt=0, le=1)
+    top_k: int = _doc(0, "Keep the k likeliest tokens; 0 is off.", ge=0)
+    max_new_tokens: int = _doc(256, "Longest answer, in tokens; a longer one is cut and gets no end token.", gt=0)
+    batch_size: int = _doc(64, "Prompts decoded together.", execution=True, gt=0)
+    chunk: int = _doc(512, "Prompts per written shard: what a killed run can lose.", gt=0)
+    engine: str = _doc(
+        "hf",
+        "Who samples: hf (built in), vllm (started and ended by the stage), or the address of an OpenAI-compatible server, "
+        "http://host:port/v1 (docs/engines.md).",
+    )
+
+
 class EngineConfig(Section):
-    """The engine of `play` where it is not the built-in one; docs/engines.md."""
+    """The engine of `play` and `evaluate` where it is not the built-in one; docs/engines.md."""
 
     model: str | None = _doc(
         None,
@@ -309,7 +316,7 @@ FIGURES = ("auto", "sampled", "greedy", "gold_nll", "last")
 """What `best` may be chosen by, beside `task:NAME`."""
 
 
-class EvaluateConfig(Section):
+class EvaluateConfig(Sampling):
     """What each new player is measured by."""
 
     verifier: str | None = _doc(
@@ -324,6 +331,10 @@ class EvaluateConfig(Section):
     samples: int = _doc(1, "Sampled answers per held-out prompt, beside the greedy one.", ge=0)
     temperature: float = _doc(1.0, "Their temperature.", gt=0)
     max_new_tokens: int | None = _doc(None, "Longest answer, in tokens; None: the largest of the rounds'.", gt=0)
+    engine: str = _doc(
+        "hf",
+        "Who samples what players are measured by: the evaluation's answers, the tasks' and the guard's; as play.engine.",
+    )
     scorer: str | None = _doc(
         None,
         "`verifier:NAME`, an entry point's name or `./file.py:name`: whether greedy answers beat those of player 0, where "
@@ -430,11 +441,22 @@ class ClusterConfig(Section):
         "Slurm's tell each which one it is. None: they are started here.",
         execution=True,
     )
+    players: Literal["whole", "sharded"] = _doc(
+        "whole",
+        "Of players that score, with several processes: whole, on each; sharded, cut over all of them, for players that fit "
+        "no device. Who samples must then be an engine (play.engine, evaluate.engine).",
+        execution=True,
+    )
     cpu_offload: bool = _doc(
         False,
         "With several processes: weights, gradients and optimizer state wait in CPU memory while training.",
         execution=True,
     )
+
+    @property
+    def sharded(self) -> bool:
+        """Whether players are cut over processes."""
+        return self.players == "sharded" and self.processes > 1
 
 
 class Round(Section):

@@ -6,11 +6,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import pairwise
 
 from sparring.batching import MOST_TOKENS, batches
-from sparring.config import Config, PlayConfig
+from sparring.config import Config, PlayConfig, Sampling
 from sparring.cost import memory, texts, work
-from sparring.cost.hardware import Hardware, Rates, assumed
+from sparring.cost.hardware import PER_MACHINE, Hardware, Rates, assumed
 from sparring.cost.memory import FLOAT, STATES, Pass, Pieces, Where
 from sparring.cost.shapes import Shape
 from sparring.cost.texts import Texts
@@ -38,6 +39,8 @@ class Cost:
     """What holds memory on one device at the stage's widest moment, to bytes."""
     disk: float
     """Bytes that it leaves."""
+    share: float = 1.0
+    """Of a device's memory that the stage may take."""
 
     @property
     def peak(self) -> float:
@@ -61,7 +64,8 @@ class Estimate:
     @property
     def misfits(self) -> list[Cost]:
         """Stages that one device has no room for."""
-        return [cost for cost in self.costs if cost.peak > self.hardware.device.usable]
+        device = self.hardware.device
+        return [cost for cost in self.costs if cost.peak > min(device.usable, cost.share * device.memory)]
 
     @property
     def seconds(self) -> float:
@@ -89,6 +93,18 @@ def uses_bf16(config: Config, hardware: Hardware) -> bool:
     return compute == "bfloat16" or (compute == "auto" and hardware.device.cuda)
 
 
+@dataclass(frozen=True)
+class _Part:
+    """Some of a stage's work."""
+
+    spent: Work
+    """Of all devices; its seconds are those that they take."""
+    held: Pieces
+    """On one device."""
+    share: float = 1.0
+    """Of a device's memory that may be taken."""
+
+
 class _Estimator:
     def __init__(
         self, config: Config, plan: Plan, shape: Shape, given: Texts, hardware: Hardware, rates: Rates | None
@@ -96,7 +112,11 @@ class _Estimator:
         self._config, self._plan, self._shape, self._texts, self._hardware = config, plan, shape, given, hardware
         self._bf16 = uses_bf16(config, hardware)
         self.rates = rates or assumed(hardware.device, self._bf16)
-        self._base = Where(self._bf16, hardware.device.cuda, lora_rank=config.model.lora_rank)
+        self._base = Where(
+            self._bf16, hardware.device.cuda, lora_rank=config.model.lora_rank, quantized=bool(config.model.quantize)
+        )
+        cut = config.cluster.players == "sharded"
+        self._scorer = replace(self._base, devices=hardware.count if cut else 1)
         self._groups: dict[int, list[Item]] = {}
         changed = memory.trained(shape, self._base)
         most = max(STATES[r.settings.train.optimizer] for r in plan.rounds)
@@ -128,10 +148,17 @@ class _Estimator:
         played = f"{sample} tokens" if sample else "as long as gold ones"
         lines.append(f"played answers: {played}, cut at play.max_new_tokens")
         whole = sum(memory.weights(self._shape, self._base).values())
-        if whole > self._hardware.device.usable:
+        engines = {r.settings.play.engine_kind for r in self._plan.rounds if r.turns}
+        engines |= {self._config.evaluate.engine_kind}
+        if whole > self._hardware.device.usable and ("hf" in engines or self._scorer.devices == 1):
             lines.append(f"every device that plays or scores holds a whole player: {whole / 1e9:.0f} GB")
-        if any(r.turns and r.settings.play.engine_kind != "hf" for r in self._plan.rounds):
-            lines.append("play is counted as by the built-in sampler, not by play.engine")
+        if self._base.quantized:
+            lines.append("not counted: the time in which 4 bits are unpacked")
+        if "vllm" in engines:
+            size, copies = self._engines
+            lines.append(f"vllm: {copies} of {size} devices each; what it reaches is assumed, its start is not counted")
+        if "server" in engines:
+            lines.append("not counted: what a server samples")
         if self._config.evaluate.tasks:
             lines.append("not counted: evaluate.tasks")
         if any(r.has("scores") for r in self._plan.rounds):
@@ -146,19 +173,62 @@ class _Estimator:
     def _plain(self, r: RoundPlan) -> bool:
         return bool(r.method.needs) or r.method.official is not None or self._config.model.logps == "plain"
 
-    def _cost(
-        self, folder: str, spent: Work, tokens: float, held: Pieces, disk: float, *, jobs: float = math.inf
-    ) -> Cost:
-        """A stage whose work is divided among the devices, job by job."""
-        devices = max(1, min(self._hardware.count, math.ceil(jobs) if jobs < math.inf else self._hardware.count))
-        seconds = spent.seconds / devices + disk / self.rates.disk
-        name = folder.rpartition("/")[2]
-        return Cost(folder, name, spent.flops, spent.moved, tokens, seconds, held, disk)
+    def _cost(self, folder: str, tokens: float, disk: float, *parts: _Part) -> Cost:
+        """A stage of several parts, one after the other."""
+        spent = sum((part.spent for part in parts), Work())
+        widest = max(parts, key=lambda part: sum(part.held.values()) / part.share)
+        name, seconds = folder.rpartition("/")[2], spent.seconds + disk / self.rates.disk
+        return Cost(folder, name, spent.flops, spent.moved, tokens, seconds, widest.held, disk, widest.share)
+
+    def _divided(self, spent: Work, held: Pieces, jobs: float) -> _Part:
+        """Work that is divided among the devices, job by job."""
+        devices = max(1, min(self._hardware.count, math.ceil(jobs)))
+        return _Part(replace(spent, seconds=spent.seconds / devices), held)
+
+    def _scored(self, passes: Sequence[Pass], where: Where, scale: float, jobs: float) -> _Part:
+        """Passes that are scored, each standing for `scale`; where devices share a player, by all of them together."""
+        machine, n = self._machine(where), where.devices
+        spent, held = work.scoring(machine, passes) * scale, memory.scoring(self._shape, where, passes)
+        if n == 1:
+            return self._divided(spent, held, jobs)
+        sent = work.gathering(machine, math.ceil(len(passes) * scale), self._hardware.link)
+        return _Part(Work(spent.flops, spent.moved + sent.moved, max(spent.seconds / n, sent.seconds)), held)
+
+    @property
+    def _engines(self) -> tuple[int, int]:
+        """How many devices a vLLM is spread over, and how many play: on the first machine."""
+        engine = self._config.engine
+        size = engine.tensor_parallel
+        return size, engine.replicas or max(1, min(self._hardware.count, PER_MACHINE) // size)
+
+    def _sampled(
+        self, who: Sampling, asked: Sequence[tuple[int, int]], settings: PlayConfig, count: float, repeats: int,
+        models: int = 1, jobs: float | None = None,
+    ) -> _Part:  # fmt: skip
+        """`count` answers by the engine that a section names; `asked` are (prompt, answer) tokens of rows that stand for
+        them, `jobs` the parts that the built-in engine's work is divided into."""
+        if who.engine_kind == "server":
+            return _Part(Work(), {})
+        if who.engine_kind == "hf":
+            spent, held, chunks = self._answers(asked, settings, count, repeats, models)
+            return self._divided(spent, held, chunks if jobs is None else jobs)
+        (size, copies), engine, device = self._engines, self._config.engine, self._hardware.device
+        room = max(prompt for prompt, _ in asked) + settings.max_new_tokens
+        most = engine.gpu_memory * device.memory
+        context = _context(engine.arguments, self._shape.context)
+        held, width = memory.served(self._shape, self._base, size, room, engine.parallel, context, most)
+        rates = self.rates
+        faster = {name: getattr(rates, name) * size for name in ("score", "decode", "bandwidth")}
+        # Its steps are recorded once and replayed, not launched layer by layer
+        machine = Machine(self._shape, self._base, replace(rates, launch=0.0, **faster))
+        chunk = [asked[i % len(asked)] for i in range(max(1, min(4096, round(count))))]
+        done = work.answering(machine, chunk, width, repeats=1, models=models) * (count / len(chunk))
+        return _Part(replace(done, seconds=done.seconds / copies), held, engine.gpu_memory)
 
     def _answers(
         self, asked: Sequence[tuple[int, int]], settings: PlayConfig, count: float, repeats: int, models: int = 1
     ) -> tuple[Work, Pieces, float]:
-        """Work, memory and jobs of `count` answers; `asked` are (prompt, answer) tokens of rows that stand for them."""
+        """Work, memory and jobs of `count` answers by the built-in engine."""
         chunk = [row for row in asked for _ in range(repeats)]
         rows = min(settings.chunk * repeats, max(1, round(count)))
         chunk = [chunk[i % len(chunk)] for i in range(rows)]
@@ -173,18 +243,17 @@ class _Estimator:
         settings = r.settings.play
         prompts = min(r.settings.limit or self._texts.train, self._texts.train)
         asked = [(p, self._texts.played(gold, settings.max_new_tokens)) for p, gold in self._texts.rows]
-        total, held, jobs, count = Work(), dict[str, float](), 0.0, 0.0
+        parts, count = list[_Part](), 0.0
         split = sum(turn.split for turn in r.turns)
         for turn in r.turns:
             each = turn.samples or settings.samples
             wanted = prompts * each / (split if turn.split else 1)
-            spent, pieces, chunks = self._answers(asked, settings, wanted, each, 1 + (turn.mixed_with is not None))
-            total, jobs, count = total + spent, jobs + chunks, count + wanted
-            held = memory.widest(held, pieces)
+            parts.append(self._sampled(settings, asked, settings, wanted, each, 1 + (turn.mixed_with is not None)))
+            count += wanted
         mean = sum(answer for _, answer in asked) / len(asked)
         disk = count * mean * PLAYED_BYTES
         tokens = count * mean + prompts * _mean([prompt for prompt, _ in asked])
-        return self._cost(f"{r.folder}/samples", total, tokens, held, disk, jobs=jobs)
+        return self._cost(f"{r.folder}/samples", tokens, disk, *parts)
 
     def _paired(self, r: RoundPlan, groups: Sequence[Item]) -> Cost:
         stored = sum(g.weight * g.padded for g in groups) * PAIRED_BYTES
@@ -192,10 +261,10 @@ class _Estimator:
 
     def _frozen(self, r: RoundPlan, own: Sequence[Item], replayed: Sequence[Item]) -> Cost:
         """Every role's log-probs; an opponent that sampled in full precision has given its own answers'."""
-        total, tokens, held, disk = Work(), 0.0, dict[str, float](), 0.0
-        opponents = {r.roles[turn.role] for turn in r.turns}
+        parts, tokens, disk = [_Part(Work(), {})], 0.0, 0.0
+        opponents = {r.roles[turn.role] for turn in r.turns if r.settings.play.engine_kind == "hf"}
         exact = not self._bf16 and r.method.official is None and r.method.template is None
-        where = replace(self._base, plain=self._plain(r) and not r.method.needs)
+        where = replace(self._scorer, plain=self._plain(r) and not r.method.needs)
         rows = 4 * r.settings.train.micro_batch
         for role in r.frozen:
             known = exact and r.roles[role] in opponents
@@ -204,27 +273,24 @@ class _Estimator:
             passes = _passes(asked, rows, where.plain)
             if not passes:
                 continue
-            spent = work.scoring(self._machine(where), passes)
             scale = sum(i.weight for i in asked) / max(1, len(asked))
-            total, tokens = total + spent * scale, tokens + scale * sum(p.tokens for p in passes)
-            held = memory.widest(held, memory.scoring(self._shape, where, passes))
+            parts.append(self._scored(passes, where, scale, sum(i.weight for i in own) / 512))
+            tokens += scale * sum(p.tokens for p in passes)
             disk += sum(i.weight * sum(i.completions) for i in (*own, *replayed)) * FROZEN_BYTES
-        return self._cost(f"{r.folder}/frozen", total, tokens, held, disk, jobs=sum(i.weight for i in own) / 512)
+        return self._cost(f"{r.folder}/frozen", tokens, disk, *parts)
 
     def _held(self, r: RoundPlan) -> Cost:
         """Answers to held-out prompts, scored with the gold ones, at two temperatures where the opponent's is not 1."""
         settings = r.settings.play.model_copy(update={"samples": 1})
         count = min(self._config.controls.prompts, self._texts.heldout)
         if not count:
-            return self._cost(f"{r.folder}/held", Work(), 0.0, {}, 0.0)
+            return self._cost(f"{r.folder}/held", 0.0, 0.0, _Part(Work(), {}))
         asked = [(p, self._texts.played(gold, settings.max_new_tokens)) for p, gold in self._texts.rows]
-        spent, held, _ = self._answers(asked, settings, count, 1)
+        played = self._sampled(self._config.evaluate, asked, settings, count, 1, jobs=1)
         passes = self._reading(r)
         times = 1 + (r.settings.play.temperature > 1)
-        read = work.scoring(self._machine(), passes) * times
-        most = memory.widest(held, memory.scoring(self._shape, self._base, passes))
         tokens = sum(p.tokens for p in passes) * (1 + times)
-        return self._cost(f"{r.folder}/held", spent + read, tokens, most, 0.0, jobs=1)
+        return self._cost(f"{r.folder}/held", tokens, 0.0, played, self._scored(passes, self._scorer, times, 1))
 
     def _reading(self, r: RoundPlan) -> list[Pass]:
         """The passes in which a guard reads its held-out pairs."""
@@ -282,19 +348,24 @@ class _Estimator:
         settings, given = self._config.evaluate, self._texts
         count = min(settings.limit, given.heldout)
         if not count:
-            return self._cost(folder, Work(), 0.0, {}, 0.0)
-        play = self._config.evaluation_play
+            return self._cost(folder, 0.0, 0.0, _Part(Work(), {}))
+        play, jobs = self._config.evaluation_play, 1 + settings.samples
         asked = [(p, given.played(gold, play.max_new_tokens)) for p, gold in given.rows]
-        total, held, _ = self._answers(asked, play, count, 1)
+        parts = [self._sampled(settings, asked, play, count, 1, jobs=jobs)]
         if settings.samples:
-            more, wide, _ = self._answers(asked, play, count * settings.samples, settings.samples)
-            total, held = total + more, memory.widest(held, wide)
+            wanted = count * settings.samples
+            parts.append(self._sampled(settings, asked, play, wanted, settings.samples, jobs=jobs))
         rows = [Item(p, (gold,)) for p, gold in given.rows]
         passes = _passes([rows[i % len(rows)] for i in range(count)], play.batch_size, plain=False)
-        total += work.scoring(self._machine(), passes)
-        held = memory.widest(held, memory.scoring(self._shape, self._base, passes))
+        parts.append(self._scored(passes, self._scorer, 1, jobs))
         tokens = sum(p.tokens for p in passes) + count * (1 + settings.samples) * _mean([a for _, a in asked])
-        return self._cost(folder, total, tokens, held, 0.0, jobs=1 + settings.samples)
+        return self._cost(folder, tokens, 0.0, *parts)
+
+
+def _context(arguments: Sequence[str], context: int) -> int:
+    """How long a sequence vLLM makes room for: its argument, or the model's context."""
+    given = dict(pairwise(arguments)).get("--max-model-len", "")
+    return int(given) if given.isdigit() else context
 
 
 def _mean(values: Sequence[int]) -> float:

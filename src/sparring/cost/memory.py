@@ -8,7 +8,7 @@ gradients, the optimizer's state, what layers keep for the backward pass (`logps
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sparring.batching import MOST_SCORES, PIECE_LOGITS, SHORT, extents, whole_logits
 from sparring.cost.shapes import Shape
@@ -23,6 +23,8 @@ HEAP, HEAP_LEARNING, HEAP_ADAPTER = 1.5, 0.8, 1.4
 pass, in training, and in training an adapter, whose small tensors lie between; measured (docs/plan.md)."""
 _HEAP_BLOCK, _LEARNING_BLOCK = 64e6, 14e6
 """Bytes of a layer's widest tensor from which blocks are given back instead; measured likewise."""
+PACKED = 0.5 + 1 / 64 + 4 / (64 * 256)
+"""Bytes of a weight in 4 bits: every 64 share a scale of 8 bits, and 256 scales one of 32 (`lowbit.py`)."""
 _ALIGNED = 16
 STATES = {"rmsprop": 1, "adamw": 2, "adamw_8bit": 0.5, "paged_adamw_8bit": 0.5, "paged_adamw_32bit": 2}
 """Float32 numbers that an optimizer keeps per trained weight; paged ones may lie in the machine's memory instead."""
@@ -56,6 +58,8 @@ class Where:
     cuda: bool
     devices: int = 1
     lora_rank: int = 0
+    quantized: bool = False
+    """The base's layers are in 4 bits."""
     checkpointing: bool = False
     plain: bool = False
     """The method reads logits, so that rows are padded and logits of all of them are kept."""
@@ -72,6 +76,9 @@ def _beside(shape: Shape, where: Where, held: Pieces, rows: Pass, learns: bool =
         return held
     passing = sum(size for name, size in held.items() if name in ("pass", "logits", "activations"))
     block = rows.tokens * shape.inner * where.size
+    if where.quantized:
+        # Loaded whole, before it is packed
+        held = widest(held, {"weights": FLOAT * shape.parameters})
     learning = HEAP_ADAPTER if where.lora_rank else HEAP_LEARNING
     heap = learning * (block < _LEARNING_BLOCK) if learns else HEAP * (block < _HEAP_BLOCK)
     return {"program": PROGRAM, **held, "heap": heap * passing}
@@ -86,12 +93,22 @@ def widest(*held: Pieces) -> dict[str, float]:
 
 
 def weights(shape: Shape, where: Where, copies: int = 1) -> dict[str, float]:
-    """Float32 masters of `copies` whole models, and one model's matrices as bfloat16 compute needs them."""
-    held: dict[str, float] = {"weights": FLOAT * shape.parameters * copies}
+    """Float32 masters of `copies` models, and one model's matrices as bfloat16 compute needs them.
+
+    On several devices each has its part of the masters; the embeddings and three layers are gathered whole, and one
+    matrix at a time is cast. Of layers in 4 bits one matrix at a time is unpacked.
+    """
+    numbers = shape.parameters * copies + (shape.adapter(where.lora_rank) if where.lora_rank else 0)
+    held: dict[str, float] = {"weights": FLOAT * numbers / where.devices}
+    if where.quantized:
+        held["weights"] -= (FLOAT - PACKED) * copies * shape.layers * shape.layer
+        held["unpacked"] = where.size * shape.inner * shape.hidden
+        return held | ({"casts": 2 * shape.head} if where.bf16 else {})
+    if where.devices > 1:
+        held["gathered"] = FLOAT * (3 * shape.layer + (1 if shape.tied else 2) * shape.head)
     if where.bf16:
-        held["casts"] = 2 * (shape.layers * shape.layer + shape.head)
-    if where.lora_rank:
-        held["weights"] += FLOAT * shape.adapter(where.lora_rank)
+        widest = max(shape.inner * shape.hidden, shape.head)
+        held["casts"] = 2 * (widest if where.devices > 1 else shape.layers * shape.layer + shape.head)
     return held
 
 
@@ -158,6 +175,20 @@ def playing(shape: Shape, where: Where, width: int, room: int, prompts: Pass, mo
     return _beside(shape, where, held, prompts)
 
 
+def served(
+    shape: Shape, where: Where, spread: int, room: int, width: int, context: int, most: float
+) -> tuple[Pieces, int]:
+    """What vLLM holds on each of `spread` devices, and how many sequences of `room` tokens it has under way.
+
+    Weights in compute precision; keys and values of at most `width` sequences, as many as `most` bytes leave room for, but
+    of one as long as the context, without which it does not start.
+    """
+    held = where.size * shape.parameters / spread
+    token = 2 * shape.keys * shape.layers * where.size / spread
+    some = max(1, min(width, int((most - held) // (room * token))))
+    return {"weights": held, "keys and values": token * max(some * room, context)}, some
+
+
 def scoring(shape: Shape, where: Where, rows: Sequence[Pass]) -> Pieces:
     """Log-probs of rows, of which nothing is kept."""
     most = max(rows, key=lambda r: _score(shape, where, r))
@@ -183,15 +214,16 @@ def training(
 
     accumulates: a step has several passes, so that gradients are there while activations are. On several devices
     masters, gradients and the optimizer's state are divided among them; the embeddings, two layers and the gradient of
-    one are gathered whole, in float32, and bfloat16 casts stay whole for the backward pass.
+    one are gathered whole, in float32, but not for the update. bfloat16 casts stay for the backward pass: of all layers,
+    but where several devices recompute layers of one.
     """
     changed, n = trained(shape, where), where.devices
     held = weights(shape, where)
-    if n > 1:
-        held["weights"] /= n
-        held["gathered"] = FLOAT * (3 * shape.layer + (1 if shape.tied else 2) * shape.head)
+    if where.bf16 and n > 1:
+        every = shape.layers * shape.layer + shape.head
+        held["casts"] = 2 * (max(shape.layer, shape.head) if where.checkpointing else every)
     if companions:
-        held["companions"] = companions * sum(weights(shape, where).values())
+        held["companions"] = companions * sum(weights(shape, replace(where, devices=1)).values())
     gradients, state = FLOAT * changed / n, FLOAT * changed * STATES[optimizer] / n
     held["optimizer"] = state if steps > 1 else 0.0
     most = max(micro, key=lambda r: _learn(shape, where, r))
@@ -204,7 +236,7 @@ def training(
     within = 3 * where.size * (shape.inner * most.tokens + 0.5 * at_a_time)
     learning = {"activations": whole + last, "logits": max(wide, within)}
     learning |= {"gradients": gradients} if accumulates else {}
-    update = {"optimizer": state, "gradients": gradients, "casts": 0.0}
+    update = {"optimizer": state, "gradients": gradients, "casts": 0.0, "gathered": 0.0}
     update["update"] = FLOAT * changed / n if where.cuda else 2 * FLOAT * shape.head * (not where.lora_rank)
     read = {"gradients": gradients, "pass": max((_score(shape, where, r) for r in reading), default=0.0)}
     held = widest(held | learning, held | update, held | read)

@@ -9,7 +9,7 @@ from pathlib import Path
 from sparring.config import Config, Tree
 from sparring.cost import texts
 from sparring.cost.estimate import Estimate, estimate, uses_bf16
-from sparring.cost.hardware import DEVICES, Hardware, parse
+from sparring.cost.hardware import DEVICES, PER_MACHINE, Hardware, parse
 from sparring.cost.shapes import shape_of
 from sparring.cost.texts import Texts
 from sparring.errors import InputError
@@ -54,11 +54,13 @@ def plan(
     from sparring.api import configured
 
     _, config = configured(recipe, overrides)
-    if config.model.quantize:
-        raise InputError(
-            f"model.quantize: {config.model.quantize}: not counted yet; plan without it, it takes more than with"
-        )
     shape, machine = shape_of(config.model), parse(hardware)
+    if config.model.quantize and machine.count > 1:
+        raise InputError(
+            f"model.quantize: {config.model.quantize}: works in one process only; plan for one device, or leave it out"
+        )
+    if any(s.engine_kind == "vllm" for s in (config.evaluate, *(r.play for r in config.rounds))):
+        _check_spread(config.engine.tensor_parallel, machine)
     given = _texts(config, prompts, prompt_tokens, answer_tokens, sample_tokens)
     rates = None
     if calibrate:
@@ -67,6 +69,15 @@ def plan(
         rates = measure(config, shape, given, machine)
     found = estimate(config, stages(config), shape, given, machine, rates)
     return Planned(found, *_remedies(config, found))
+
+
+def _check_spread(size: int, hardware: Hardware) -> None:
+    """Raises InputError where a vLLM would be spread over more devices than a machine has."""
+    most = min(hardware.count, PER_MACHINE)
+    if size > most:
+        raise InputError(
+            f"engine.tensor_parallel: {size}: a machine of {hardware} has {most}; lower it, or plan for more"
+        )
 
 
 def stages(config: Config) -> Plan:
@@ -152,6 +163,20 @@ def _settings(config: Config, hardware: Hardware) -> Iterator[Iterator[_Change]]
         yield iter([change("model", "compute", "bfloat16", "lower precision")])
     if not config.model.lora_rank:
         yield iter([change("model", "lora_rank", 16, "trains adapters only")])
+    if hardware.device.cuda and hardware.count > 1 and config.cluster.players == "whole":
+        yield (_sharded(config, hardware, size) for size in _COUNTS if size <= min(hardware.count, PER_MACHINE))
+
+
+def _sharded(config: Config, hardware: Hardware, size: int) -> _Change:
+    """Players in shards, and vLLM over `size` devices where the built-in engine would sample from whole ones."""
+    settings = [("cluster", "players", "sharded")]
+    settings += [("play", "engine", "vllm")] * any(r.play.engine_kind == "hf" for r in config.rounds)
+    settings += [("evaluate", "engine", "vllm")] * (config.evaluate.engine_kind == "hf")
+    told = [f"{section}.{key}={value}" for section, key, value in settings] + [f"engine.tensor_parallel={size}"]
+    changed = _with(config, "engine", {"tensor_parallel": size})
+    for section, key, value in settings:
+        changed = _with(changed, section, {key: value})
+    return _Change(" ".join(told), changed, hardware, "vLLM samples")
 
 
 def _with(config: Config, section: str, values: dict[str, object]) -> Config:
@@ -169,7 +194,7 @@ def _machines(config: Config, hardware: Hardware) -> Iterator[Iterator[_Change]]
     def change(machine: Hardware) -> _Change:
         return _Change(f"--hardware {machine}", config, machine)
 
-    if hardware.device.cuda:
+    if hardware.device.cuda and not config.model.quantize:
         yield (change(Hardware(count, hardware.device)) for count in _COUNTS if count > hardware.count)
     larger = sorted((d for d in DEVICES.values() if d.memory > hardware.device.memory), key=lambda d: d.memory)
     yield (change(Hardware(hardware.count, device)) for device in larger)

@@ -124,6 +124,14 @@ def scoring(machine: Machine, passes: Sequence[Pass]) -> Work:
     return total
 
 
+def gathering(machine: Machine, passes: int, link: float) -> Work:
+    """What devices that share a player's weights send, all together, to make so many passes."""
+    n = machine.where.devices
+    rounds, share = -(-passes // n), (n - 1) / n
+    moved = share * rounds * FLOAT * machine.shape.parameters
+    return Work(0.0, moved * n, moved / link)
+
+
 def learning(machine: Machine, passes: Sequence[Pass], *, coupled: bool, companions: int) -> Work:
     """Forward and backward passes of one optimizer step; on several devices they wait for weights and gradients."""
     shape, where, rates = machine.shape, machine.where, machine.rates

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from sparring.play.hf import Answer
     from sparring.prompts import Renderer
 
+AskAt = Callable[[Sequence[Sequence[int]], Sequence[int], float], "list[Answer]"]
+"""An engine: one answer per prompt and key, at a temperature."""
 Vote = Callable[[str], Hashable | None]
 """An answer's text to what it votes for in maj@k; None abstains."""
 ROUND = -1
@@ -204,30 +206,13 @@ def answered(
     on_rows: OnRows = silent,
 ) -> list[Item]:  # fmt: skip
     """Gold answers scored, then the greedy answers and the sampled ones, each in the order of the rows."""
-    from sparring.logps import score
-    from sparring.play.hf import key, sample
+    from sparring.play.hf import sample
 
-    by_id = {example.id: example for example in examples}
-    whole = [row for row in rows if _whole(row)]
-    was_training = model.training
-    model.eval()
-    try:
-        logps = score(
-            model, [r.prompt for r in whole], [r.gold for r in whole], batch_size=play.batch_size, compute=compute,
-            on_rows=on_rows,
-        )  # fmt: skip
-    finally:
-        model.train(was_training)
-    items = [
-        Item(r.example_id, "gold", 0, r.gold_text, r.gold, "stop", None, p) for r, p in zip(whole, logps, strict=True)
-    ]
-
-    def answers(temperature: float, indices: int) -> list[tuple[Rendered, int, Answer]]:
-        wanted = [(row, index) for row in rows for index in range(indices)]
-        sampled = sample(
+    def ask(prompts: Sequence[Sequence[int]], keys: Sequence[int], temperature: float) -> list[Answer]:
+        return sample(
             model,
-            [row.prompt for row, _ in wanted],
-            [key(seed, ROUND, row.example_id, index) for row, index in wanted],
+            prompts,
+            keys,
             temperature=temperature,
             max_new_tokens=play.max_new_tokens,
             stop_ids=renderer.stop_ids,
@@ -235,10 +220,48 @@ def answered(
             compute=compute,
             on_rows=on_rows,
         )
-        return [(row, index, answer) for (row, index), answer in zip(wanted, sampled, strict=True)]
 
+    return [
+        *scored(model, rows, batch_size=play.batch_size, compute=compute, on_rows=on_rows),
+        *played(ask, examples, rows, settings, renderer, verifier, seed=seed),
+    ]
+
+
+def scored(
+    model: Any, rows: Sequence[Rendered], *, batch_size: int, compute: torch.dtype | None = None,
+    on_rows: OnRows = silent,
+) -> list[Item]:  # fmt: skip
+    """Gold answers that were not cut, with the model's log-probs of them."""
+    from sparring.logps import score
+
+    whole = [row for row in rows if _whole(row)]
+    was_training = model.training
+    model.eval()
+    try:
+        logps = score(
+            model, [r.prompt for r in whole], [r.gold for r in whole], batch_size=batch_size, compute=compute,
+            on_rows=on_rows,
+        )  # fmt: skip
+    finally:
+        model.train(was_training)
+    return [
+        Item(r.example_id, "gold", 0, r.gold_text, r.gold, "stop", None, p) for r, p in zip(whole, logps, strict=True)
+    ]
+
+
+def played(
+    ask: AskAt, examples: Sequence[Example], rows: Sequence[Rendered], settings: EvaluateConfig, renderer: Renderer,
+    verifier: Verifier | None, *, seed: int,
+) -> list[Item]:  # fmt: skip
+    """An engine's greedy answers and its sampled ones, judged."""
+    from sparring.play.hf import key
+
+    by_id = {example.id: example for example in examples}
+    items = []
     for kind, temperature, indices in (("greedy", 0.0, 1), ("sampled", settings.temperature, settings.samples)):
-        for row, index, answer in answers(temperature, indices):
+        wanted = [(row, index) for row in rows for index in range(indices)]
+        keys = [key(seed, ROUND, row.example_id, index) for row, index in wanted]
+        for (row, index), answer in zip(wanted, ask([row.prompt for row, _ in wanted], keys, temperature), strict=True):
             text = renderer.decode(answer.tokens)
             right = verdict(verifier, by_id[row.example_id], text)
             items.append(Item(row.example_id, kind, index, text, answer.tokens, answer.finish, right, answer.logps))

@@ -9,9 +9,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from sparring.config import Config, EngineConfig
+from sparring.config import Config, EngineConfig, PlayConfig
 from sparring.errors import InputError, SparringError
-from sparring.plan import Plan, RoundPlan, Stage
+from sparring.evaluate.tasks import is_suite
+from sparring.plan import Plan, Stage
 from sparring.play import vllm
 from sparring.remote import Remote
 from sparring.types import Player, Rendered, Sample
@@ -33,8 +34,9 @@ _NAMED = 5
 class Engine:
     """What answers in one stage instead of the built-in engine; weights are served when the first answer is wanted."""
 
-    def __init__(self, shop: Workshop, r: RoundPlan, folder: Path) -> None:
-        self._shop, self._r, self._folder = shop, r, folder
+    def __init__(self, shop: Workshop, address: str, folder: Path) -> None:
+        """address: `vllm` or a server's. folder: for vllm's logs."""
+        self._shop, self._address, self._folder = shop, address, folder
         self._stack = ExitStack()
         self._sha: str | None = None
         self._served: vllm.Served | None = None
@@ -49,27 +51,31 @@ class Engine:
         self._stack.close()
 
     def play(
-        self, rows: Sequence[Rendered], player: Player, longest: int, role: str, indices: Sequence[int]
-    ) -> list[Sample]:
-        """What `play.hf.play` gives, by this engine; `longest`: of an answer, in tokens."""
+        self, rows: Sequence[Rendered], player: Player, settings: PlayConfig, *, seed: int, round: int, role: str,
+        indices: Sequence[int],
+    ) -> list[Sample]:  # fmt: skip
+        """What `play.hf.play` gives, by this engine."""
         from sparring.play.hf import samples, settings_id
 
-        settings = self._r.settings.play.model_copy(update={"max_new_tokens": longest})
-        shop, how = self._shop, settings_id(settings, engine=settings.engine_kind)
-
         def ask(prompts: Sequence[Sequence[int]], keys: Sequence[int]) -> list[Answer]:
-            completions = self._of(player)
-            try:
-                return completions.answers(prompts, keys, settings, shop.progress.did)
-            except SparringError as error:
-                # A server that died says less of it than its log
-                if self._served is not None and (problem := self._served.problem(vllm.GRACE)):
-                    raise SparringError(problem) from error
-                raise
+            return self.sample(player, prompts, keys, settings)
 
-        return samples(
-            ask, rows, player, how, shop.renderer, seed=shop.config.seed, round=self._r.t, role=role, indices=indices
-        )
+        how = settings_id(settings, engine="vllm" if self._address == "vllm" else "server")
+        renderer = self._shop.renderer
+        return samples(ask, rows, player, how, renderer, seed=seed, round=round, role=role, indices=indices)
+
+    def sample(
+        self, player: Player, prompts: Sequence[Sequence[int]], keys: Sequence[int], settings: PlayConfig
+    ) -> list[Answer]:
+        """What `play.hf.sample` gives, by this engine."""
+        completions = self._of(player)
+        try:
+            return completions.answers(prompts, keys, settings, self._shop.progress.did)
+        except SparringError as error:
+            # A server that died says less of it than its log
+            if self._served is not None and (problem := self._served.problem(vllm.GRACE)):
+                raise SparringError(problem) from error
+            raise
 
     def _of(self, player: Player) -> Completions:
         if self._completions is None or self._sha != player.sha:
@@ -82,26 +88,30 @@ class Engine:
         from sparring.play.server import Completions
 
         shop, config = self._shop, self._shop.config
-        if self._r.settings.play.engine_kind == "vllm":
+        if self._address == "vllm":
             shop.free()
             model = shop.settings_of(player)
             self._served = self._stack.enter_context(vllm.serving(player.path, model, config.engine, self._folder))
             name, first, *others = self._served.name, *self._served.urls
             remote = _remote(first, config.engine, None, tuple(others))
         else:
-            remote = _remote(self._r.settings.play.engine, config.engine, config.engine.api_key_env)
+            remote = _remote(self._address, config.engine, config.engine.api_key_env)
             name = _name(remote, config.engine, player)
         return Completions(remote, name, shop.tokenizer, shop.renderer)
 
 
 def check(config: Config, plan: Plan, done: Callable[[Stage], bool]) -> None:
-    """Look, before anything is spent, whether the engines of the rounds that are still to be played can do it.
+    """Look, before anything is spent, whether the engines of the stages that are still to be done can do it.
 
     Raises InputError where a round mixes players or is too hot, where a server has one name for several players or does
-    not serve the first, where vllm cannot be started; SparringError where a server does not answer.
+    not serve the first, where vllm cannot be started, and where players in shards are to do more than to score;
+    SparringError where a server does not answer.
     """
+    if config.cluster.sharded:
+        _check_sharded(config, plan, done)
     rounds = [r for r in plan.rounds if r.turns and r.settings.play.engine_kind != "hf"]
     served = [r for r in rounds if r.settings.play.engine_kind == "server"]
+    measured = [stage for stage in _measures(plan) if not done(stage)] if config.evaluate.engine_kind != "hf" else []
     several = len({str(r.roles[turn.role]) for r in served for turn in r.turns}) > 1
     waiting = [r for r in rounds if not done(r.stage("samples"))]
     for r in waiting:
@@ -110,26 +120,66 @@ def check(config: Config, plan: Plan, done: Callable[[Stage], bool]) -> None:
                 f"play.engine: {r.folder} ({r.method.name}) mixes two players' logits, which only hf can; set "
                 "play.engine=hf"
             )
-        if r.settings.play.engine_kind == "vllm" and r.settings.play.temperature > vllm.HOTTEST:
+        if r.settings.play.engine_kind == "server" and several:
+            _check_named(config, "rounds play")
+    if measured and config.evaluate.engine_kind == "server":
+        _check_named(config, "evaluations measure")
+    heated = [("play", r.settings.play.engine_kind, r.settings.play.temperature) for r in waiting]
+    heated += [("evaluate", config.evaluate.engine_kind, config.evaluate.temperature)] * bool(measured)
+    for section, kind, temperature in heated:
+        if kind == "vllm" and temperature > vllm.HOTTEST:
             raise InputError(
-                f"play.temperature: {r.settings.play.temperature:g}: vllm takes 0 … {vllm.HOTTEST:g}; lower it, or set "
-                "play.engine=hf"
+                f"{section}.temperature: {temperature:g}: vllm takes 0 … {vllm.HOTTEST:g}; lower it, or set "
+                f"{section}.engine=hf"
             )
-        if r.settings.play.engine_kind == "server" and several and PLAYER not in (config.engine.model or ""):
-            raise InputError(
-                f"engine.model: {config.engine.model or 'not given'}, but the rounds play several players; write a name "
-                f"with {PLAYER}, for which the player's number is put in"
-            )
-    if any(r.settings.play.engine_kind == "vllm" for r in waiting):
-        vllm.check(config.model, config.engine)
-    for address in dict.fromkeys(r.settings.play.engine for r in waiting if r.settings.play.engine_kind == "server"):
-        first = next(r for r in waiting if r.settings.play.engine == address)
+    addresses = [r.settings.play.engine for r in waiting] + [config.evaluate.engine] * bool(measured)
+    if "vllm" in addresses:
+        played = any(r.settings.play.engine_kind == "vllm" for r in waiting)
+        vllm.check(config.model, config.engine, "play.engine" if played else "evaluate.engine")
+    for address in dict.fromkeys(address for address in addresses if address != "vllm"):
+        first = next((r for r in waiting if r.settings.play.engine == address), None)
         hasty = config.engine.model_copy(update={"retries": min(1, config.engine.retries)})
         remote = _remote(address, hasty, hasty.api_key_env)
-        if first.roles[first.turns[0].role] == plan.first:
+        if first is not None and first.roles[first.turns[0].role] == plan.first:
             _name(remote, config.engine, Player(config.model.path, plan.first, ""))
         else:
             _names(remote)
+
+
+def _check_named(config: Config, who: str) -> None:
+    if PLAYER not in (config.engine.model or ""):
+        raise InputError(
+            f"engine.model: {config.engine.model or 'not given'}, but the {who} several players; write a name "
+            f"with {PLAYER}, for which the player's number is put in"
+        )
+
+
+def _check_sharded(config: Config, plan: Plan, done: Callable[[Stage], bool]) -> None:
+    """Raises InputError for what needs whole players: the built-in engine, suites, and what stays beside the learner."""
+    sharded = "cluster.players: sharded players only score"
+    engine = "vllm with engine.tensor_parallel, or a server's address (docs/cluster.md)"
+    for r in plan.rounds:
+        if r.turns and r.settings.play.engine_kind == "hf" and not done(r.stage("samples")):
+            raise InputError(f"{sharded}, and {r.folder} is to be played by hf; set play.engine: {engine}")
+        if "frozen_logits" in r.method.needs and not done(r.stage("player")):
+            raise InputError(
+                f"{sharded}, and {r.method.name} keeps a whole one beside the learner ({r.folder}); set "
+                "cluster.players=whole, or take another method"
+            )
+    suites = [task.label for task in config.evaluate.tasks if is_suite(task)]
+    for stage in _measures(plan):
+        if stage.folder.rpartition("/")[2] in suites and not done(stage):
+            raise InputError(
+                f"{sharded}, and the suite `{stage.folder.rpartition('/')[2]}` needs a whole one; leave it out of "
+                "evaluate.tasks, or set cluster.players=whole"
+            )
+        if config.evaluate.engine_kind == "hf" and not done(stage):
+            raise InputError(f"{sharded}, and in {stage.folder} hf is to answer; set evaluate.engine: {engine}")
+
+
+def _measures(plan: Plan) -> list[Stage]:
+    """The stages in which the engine of the evaluation samples."""
+    return [stage for stage in plan.stages if stage.name in ("held", "eval", "task")]
 
 
 def health(

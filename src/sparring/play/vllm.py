@@ -89,17 +89,16 @@ def serving(path: str, model: ModelConfig, engine: EngineConfig, logs: Path) -> 
         _end(processes)
 
 
-def check(model: ModelConfig, engine: EngineConfig) -> None:
+def check(model: ModelConfig, engine: EngineConfig, key: str = "play.engine") -> None:
     """Raises InputError where no vllm can be started: no such Python, none in it, too few GPUs, no such precision.
 
-    A quantised base is refused, for vllm would serve it whole.
+    A quantised base is refused, for vllm would serve it whole. key: the setting that wants it.
     """
     if model.compute == "float64":
-        raise InputError("play.engine: vllm computes in float32 and bfloat16; set model.compute, or play.engine=hf")
+        raise InputError(f"{key}: vllm computes in float32 and bfloat16; set model.compute, or {key}=hf")
     if model.quantize:
         raise InputError(
-            f"play.engine: vllm serves the base whole, not in the 4 bits of model.quantize={model.quantize}; "
-            "set play.engine=hf"
+            f"{key}: vllm serves the base whole, not in the 4 bits of model.quantize={model.quantize}; set {key}=hf"
         )
     python = program(engine)
     look = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"

@@ -1,22 +1,45 @@
-"""Training states of several processes: torch's distributed checkpoints, which any number of processes can read."""
+"""What several processes write together: rows, and training states as torch's distributed checkpoints."""
 
 from __future__ import annotations
 
 import shutil
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
 
-from sparring.rundir.store import sync
+from sparring.rundir.store import sync, write_shard
 from sparring.types import Group
 
 if TYPE_CHECKING:
     from sparring.rundir.states import TrainStates
     from sparring.sharding import Team
+
+
+T = TypeVar("T")
+
+
+def write_shards_together(
+    team: Team,
+    folder: Path,
+    row_type: type[T],
+    chunks: Sequence[Callable[[], Sequence[T]]],
+    on_done: Callable[[int], None] = lambda n: None,
+) -> None:
+    """`store.write_shards` where every process has a part in making each shard; the first one writes it."""
+    paths = [folder / f"{n:05d}.parquet" for n in range(len(chunks))]
+    # The others' file systems may tell later what is there
+    told = torch.tensor([team.first and path.exists() for path in paths], dtype=torch.int32, device=team.device)
+    there = team.sum(told).tolist()
+    for number, make in enumerate(chunks):
+        if not there[number]:
+            rows = make()
+            if team.first:
+                write_shard(paths[number], row_type, rows)
+        on_done(number)
 
 
 class ShardedStates:

@@ -135,28 +135,29 @@ def frozen(shop: Workshop, folder: Path, *, r: RoundPlan) -> Counts:
     what `score` does on a few groups, its word is taken. `sampler_gap` counts the largest difference there, in nats per
     token.
     """
-    rows = frozen_shards(shop, folder, r=r)
+    frozen_shards(shop, folder, r=r)
+    rows = sum(len(Rows(folder / role, Frozen)) for role in r.frozen)
     gaps = [read_json(folder / role / GAP) for role in r.frozen if (folder / role / GAP).exists()]
     return {"rows": rows} | ({"sampler_gap": float(f"{max(gaps):.3g}")} if gaps else {})
 
 
-def frozen_shards(shop: Workshop, folder: Path, *, r: RoundPlan) -> int:
-    """Those of the log-probs that are this process's to take, a chunk of groups each; returns how many are there."""
+def frozen_shards(shop: Workshop, folder: Path, *, r: RoundPlan) -> None:
+    """Those of the log-probs that are this process's to take, a chunk of groups each."""
     paired = Rows(shop.run.path / r.folder / "groups", Group)
     chunk = r.settings.play.chunk
     starts = range(0, len(paired), chunk)
     shop.progress.begin(len(r.frozen) * len(paired), "groups")
 
-    def write(before: int, role: str) -> int:
+    def write(before: int, role: str) -> None:
         player = shop.resolve(r, role)
         (folder / role).mkdir(exist_ok=True)
         own = cache(partial(_believed, shop, r, role, player, paired, folder / role / GAP))
         work = [partial(_frozen, shop, r, role, player, own, paired, slice(at, at + chunk)) for at in starts]
         ends = [before + min(at + chunk, len(paired)) for at in starts]
-        claim = shop.claim(folder / role)
-        return write_shards(folder / role, Frozen, work, lambda n: shop.progress.reached(ends[n]), claim)
+        shop.write(folder / role, Frozen, work, lambda n: shop.progress.reached(ends[n]))
 
-    return sum(write(i * len(paired), role) for i, role in enumerate(r.frozen))
+    for i, role in enumerate(r.frozen):
+        write(i * len(paired), role)
 
 
 def _believed(shop: Workshop, r: RoundPlan, role: str, player: Player, paired: Sequence[Group], file: Path) -> _Sampled:

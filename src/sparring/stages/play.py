@@ -10,7 +10,7 @@ from datetime import datetime
 from functools import cache, partial
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sparring import players
 from sparring.errors import InputError
@@ -18,7 +18,7 @@ from sparring.judge.verify import load_verifier, verdict
 from sparring.plan import RoundPlan
 from sparring.play.engines import Engine, health
 from sparring.rundir import Counts
-from sparring.rundir.store import Rows, Split, write_json, write_shards
+from sparring.rundir.store import Rows, Split, read_json, write_json, write_shards
 from sparring.types import Example, Official, Rendered, Sample, Score, Turn
 from sparring.workshop import DATE, Workshop
 
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 PART = 4096
 """Examples of a shard."""
+GAP = "engine_gap.json"
+OFF_POLICY = "off-policy"
+"""Settings id of answers that came with the data."""
 
 
 def data(shop: Workshop, folder: Path) -> Counts:
@@ -51,20 +54,29 @@ def data(shop: Workshop, folder: Path) -> Counts:
 def samples(shop: Workshop, folder: Path, *, r: RoundPlan) -> Counts:
     """Every turn's player answers its prompts; in the first round of self-play, answers that came with the data stand in."""
     total, engined = play_shards(shop, folder, r=r), r.settings.play.engine_kind != "hf"
+    health = engine_gap(shop, folder, r=r) if engined else {}
     counts: Counter[str] = Counter(samples=total, truncated=0, tokens=0, off_policy=0)
     different: set[int] = set()  # of hashes: the answers themselves would be most of the stage's memory
     for sample in Rows(folder, Sample):
         counts["truncated"] += sample.finish == "length"
         counts["tokens"] += len(sample.tokens)
-        counts["off_policy"] += sample.settings_id == "off-policy"
+        counts["off_policy"] += sample.settings_id == OFF_POLICY
         different.add(hash((sample.example_id, sample.tokens)))
         if engined:
             counts["retokenised"] += sample.settings_id.endswith(("-text", "-inexact"))
-            counts["without_logps"] += not sample.logps
-    told = {**counts, "distinct": round(len(different) / max(total, 1), 4)}
-    if not engined:
-        return told
-    return told | health(shop, [shop.resolve(r, turn.role) for turn in r.turns], _rows(shop, r), Rows(folder, Sample))
+            counts["without_logps"] += not sample.logps and sample.settings_id != OFF_POLICY
+    return {**counts, "distinct": round(len(different) / max(total, 1), 4)} | health
+
+
+def engine_gap(shop: Workshop, folder: Path, *, r: RoundPlan) -> dict[str, float]:
+    """How far the log-probs of the engine that played are from ours, taken once."""
+    if not (folder / GAP).exists():
+        players = [shop.resolve(r, turn.role) for turn in r.turns]
+        found = health(shop, players, _rows(shop, r), Rows(folder, Sample))
+        if shop.first:
+            write_json(folder / GAP, found)
+        return found
+    return dict(read_json(folder / GAP))
 
 
 def play_shards(shop: Workshop, folder: Path, *, r: RoundPlan) -> int:
@@ -73,7 +85,7 @@ def play_shards(shop: Workshop, folder: Path, *, r: RoundPlan) -> int:
     first = r is next(r for r in shop.plan.rounds if r.turns)
     split = [turn for turn in r.turns if turn.split]
     starts = range(0, len(rows), settings.chunk)
-    engine = Engine(shop, r, folder) if settings.engine_kind != "hf" else None
+    engine = Engine(shop, settings.engine, folder) if settings.engine_kind != "hf" else None
     before = 0
     jobs: list[Callable[[], list[Sample]]] = []
     sizes: list[int] = []
@@ -124,24 +136,25 @@ def _answers(
     played: list[Sample] = []
     for length in sorted(set(lengths)):
         own = [row for row, limit in zip(asked, lengths, strict=True) if limit == length]
+        how = settings.model_copy(update={"max_new_tokens": length})
+        named: dict[str, Any] = {"seed": shop.config.seed, "round": r.t, "role": turn.role, "indices": indices}
         if engine is not None:
-            played += engine.play(own, player, length, turn.role, indices)
+            played += engine.play(own, player, how, **named)
             continue
         played += play(
             shop.model(player),
             own,
             player,
-            settings.model_copy(update={"max_new_tokens": length}),
+            how,
             shop.renderer,
-            seed=shop.config.seed,
-            round=r.t,
-            role=turn.role,
-            indices=indices,
+            **named,
             mixture=mixture(),
             compute=shop.compute,
             on_rows=shop.progress.did,
         )
-    return played + (_given(shop, shop.model(player), given, r.t, settings.batch_size) if given else [])
+    # Beside an engine no model of ours is loaded for what the frozen stage scores anyway
+    model = shop.model(player) if given and engine is None else None
+    return played + _given(shop, model, given, r.t, settings.batch_size)
 
 
 def _mixture(shop: Workshop, r: RoundPlan, turn: Turn) -> Mixture | None:
@@ -168,19 +181,21 @@ def _official(shop: Workshop, rows: Sequence[Rendered], official: Official) -> l
     ]
 
 
-def _given(shop: Workshop, model: nn.Module, rows: Sequence[Rendered], t: int, batch_size: int) -> list[Sample]:
-    """Answers by an unknown player that came with the data, scored by this round's opponent."""
+def _given(shop: Workshop, model: nn.Module | None, rows: Sequence[Rendered], t: int, batch_size: int) -> list[Sample]:
+    """Answers by an unknown player that came with the data, scored by this round's opponent where that is given."""
     from sparring.logps import score
 
     answers = [row.generated or () for row in rows]
-    logps = score(
-        model,
-        [r.prompt for r in rows],
-        answers,
-        batch_size=batch_size,
-        compute=shop.compute,
-        on_rows=shop.progress.did,
-    )
+    logps: list[tuple[float, ...]] = [()] * len(rows)
+    if model is not None:
+        logps = score(
+            model,
+            [r.prompt for r in rows],
+            answers,
+            batch_size=batch_size,
+            compute=shop.compute,
+            on_rows=shop.progress.did,
+        )
     return [
         Sample(
             example_id=row.example_id,
@@ -191,7 +206,7 @@ def _given(shop: Workshop, model: nn.Module, rows: Sequence[Rendered], t: int, b
             text=row.generated_text or "",
             finish="length" if "generated" in row.cut else "stop",
             logps=line,
-            settings_id="off-policy",
+            settings_id=OFF_POLICY,
             round=t,
         )
         for row, tokens, line in zip(rows, answers, logps, strict=True)

@@ -14,11 +14,12 @@ from sparring.batching import batches
 from sparring.card import model_card
 from sparring.errors import InputError, SparringError
 from sparring.plan import RoundPlan
+from sparring.play.engines import Engine
 from sparring.progress import Progress
 from sparring.rundir import Counts
 from sparring.rundir.store import Rows, read_json, write_json, write_shard
 from sparring.rundir.view import RunView
-from sparring.types import Example, Frozen, Group, Player
+from sparring.types import Example, Frozen, Group, Player, Rendered, Sample
 from sparring.workshop import Workshop
 
 if TYPE_CHECKING:
@@ -29,30 +30,54 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("sparring")
 
+ANSWERS = "answers"
+"""Folder of the start's answers to held-out prompts."""
+
 
 def held(shop: Workshop, folder: Path, *, r: RoundPlan) -> Counts:
     """Held-out gold answers and temperature-1 answers of the round's start, with its log-probs: what the guard reads.
 
     Counted beside them: how far decoding the start at 1/τ lies from it, which an opponent at temperature τ aims at.
     """
-    from sparring.logps import score
+    held_played(shop, folder, r=r)
+    return held_scored(shop, folder, r=r)
+
+
+def held_played(shop: Workshop, folder: Path, *, r: RoundPlan) -> None:
+    """The start's answers, by the engine of the evaluation."""
     from sparring.play.hf import play
 
-    if not len(Rows(shop.run.path / "data" / "heldout", Example)):
-        return {"prompts": 0}
-    start = shop.resolve(r, "start")
+    file = folder / ANSWERS / "00000.parquet"
+    if file.exists() or not (rows := _held_out(shop, r)):
+        return
+    file.parent.mkdir(exist_ok=True)
+    start, name = shop.resolve(r, "start"), shop.config.evaluate.engine
     settings = r.settings.play.model_copy(update={"temperature": 1.0, "top_p": 1.0, "top_k": 0, "samples": 1})
-    rows = shop.rendered("heldout", settings.max_new_tokens, shop.config.controls.prompts).rows
-    hot = max(1.0, r.settings.play.temperature)
-    model = shop.model(start)
     # The seed's sign keeps these answers apart from those that are trained on
     seed = -1 - shop.config.seed
-    # Answers, and the scores of two completions each, at one or two temperatures
-    shop.progress.begin(len(rows) * (1 + 2 * (1 + (hot > 1))), "answers")
-    answers = play(
-        model, rows, start, settings, shop.renderer, seed=seed, round=r.t, compute=shop.compute,
-        on_rows=shop.progress.did,
-    )  # fmt: skip
+    shop.progress.begin(_readings(rows, r), "answers")
+    if name != "hf":
+        with Engine(shop, name, folder) as engine:
+            answers = engine.play(rows, start, settings, seed=seed, round=r.t, role="opponent", indices=range(1))
+    else:
+        answers = play(
+            shop.model(start), rows, start, settings, shop.renderer, seed=seed, round=r.t, compute=shop.compute,
+            on_rows=shop.progress.did,
+        )  # fmt: skip
+    write_shard(file, Sample, answers)
+
+
+def held_scored(shop: Workshop, folder: Path, *, r: RoundPlan) -> Counts:
+    """Log-probs of the gold answers and of those that are there, at one or two temperatures."""
+    from sparring.logps import score
+
+    rows = _held_out(shop, r)
+    if not rows:
+        return {"prompts": 0}
+    start, hot = shop.resolve(r, "start"), max(1.0, r.settings.play.temperature)
+    model, answers = shop.model(start), Rows(folder / ANSWERS, Sample)
+    shop.progress.begin(_readings(rows, r), "answers")
+    shop.progress.reached(len(rows))
     paired = [
         Group(row.example_id, row.prompt, (row.gold, sample.tokens), (1.0, 0.0), 1.0, ("gold", sample.id), r.t)
         for row, sample in zip(rows, answers, strict=True)
@@ -62,7 +87,7 @@ def held(shop: Workshop, folder: Path, *, r: RoundPlan) -> Counts:
 
     def scored(sharpen: float) -> list[tuple[float, ...]]:
         return score(
-            model, prompts, completions, batch_size=settings.batch_size, compute=shop.compute, sharpen=sharpen,
+            model, prompts, completions, batch_size=r.settings.play.batch_size, compute=shop.compute, sharpen=sharpen,
             on_rows=shop.progress.did,
         )  # fmt: skip
 
@@ -70,7 +95,7 @@ def held(shop: Workshop, folder: Path, *, r: RoundPlan) -> Counts:
     both = list(zip(scored(hot) if hot > 1 else cold, cold, strict=True))
     lines = iter(cold)
     kept = [Frozen(g.sha, "start", start.sha, tuple(next(lines) for _ in g.completions)) for g in paired]
-    for name, row_type, table in (("groups", Group, paired), ("frozen", Frozen, kept)):
+    for name, row_type, table in (("groups", Group, paired), ("frozen", Frozen, kept)) if shop.first else ():
         (folder / name).mkdir(exist_ok=True)
         write_shard(folder / name / "00000.parquet", row_type, table)
     return {
@@ -78,6 +103,18 @@ def held(shop: Workshop, folder: Path, *, r: RoundPlan) -> Counts:
         "hot_displacement": controls.displacement(both[controls.GOLD :: 2]),
         "hot_kl": controls.divergence(both[controls.SAMPLE :: 2]),
     }
+
+
+def _readings(rows: Sequence[Rendered], r: RoundPlan) -> int:
+    """Answers, and the scores of two completions each, at one or two temperatures."""
+    return len(rows) * (1 + 2 * (1 + (r.settings.play.temperature > 1)))
+
+
+def _held_out(shop: Workshop, r: RoundPlan) -> Sequence[Rendered]:
+    """The prompts that a round's guard reads."""
+    if not len(Rows(shop.run.path / "data" / "heldout", Example)):
+        return []
+    return shop.rendered("heldout", r.settings.play.max_new_tokens, shop.config.controls.prompts).rows
 
 
 def player(shop: Workshop, folder: Path, *, r: RoundPlan) -> Counts:
@@ -88,7 +125,7 @@ def player(shop: Workshop, folder: Path, *, r: RoundPlan) -> Counts:
 
     stored = Rows(shop.run.path / r.folder / "groups", Group)
     scored = {role: Rows(shop.run.path / r.folder / "frozen" / role, Frozen) for role in r.frozen}
-    if shop.rank is None or not shop.rank.number:
+    if shop.first:
         _check_aligned(stored, scored)
     paired: Sequence[Group] = stored
     held: Mapping[str, Sequence[Frozen]] = scored
