@@ -17,9 +17,9 @@ from rundirs import records
 from sparring import api
 from sparring.errors import InputError
 from sparring.evaluate import Item
-from sparring.loop import Step, steps
 from sparring.progress import Live, Progress
 from sparring.rundir.store import Rows, read_json
+from sparring.sharing import Step, steps
 from sparring.types import Frozen, Group, Sample
 from test_crew import Program, check_same
 from test_engines import no_network, own_server, serve  # noqa: F401 -- fixtures: loopback is allowed

@@ -69,7 +69,7 @@ def _placed(config: Config, rank: Rank) -> Config:
 
 def main(run: Path) -> None:
     """Do what is ordered until the supervisor ends or something fails."""
-    from sparring import loop
+    from sparring import sharing
 
     rank = crew.of_environment(os.environ)
     logger = logging.getLogger("sparring")
@@ -84,7 +84,7 @@ def main(run: Path) -> None:
             try:
                 shop = shop or opened(run, rank)
                 with shop.progress.stage(folder):
-                    counts = loop.part(shop, folder, step)
+                    counts = sharing.part(shop, folder, step)
             except Exception as error:
                 line = told(error)
                 orders.answer(number, rank.number, {"error": line and [type(error).__name__, line[0]]})

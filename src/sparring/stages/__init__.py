@@ -14,7 +14,18 @@ from sparring.stages.pair import frozen, frozen_shards, groups
 from sparring.stages.play import data, engine_gap, play_shards, samples, scores
 from sparring.stages.train import held, held_played, held_scored, player
 
+MAKE = {
+    "samples": samples,  # the opponent answers every prompt
+    "scores": scores,  # only methods that judge: what a verifier or scorer says of the answers
+    "groups": groups,  # gold answers and samples become what the loss compares
+    "frozen": frozen,  # the reference's log-probs of it, once
+    "held": held,  # held-out answers of the round's start, by which the guard sees how far training moves
+    "player": player,  # groups + frozen + loss → the next player
+}
+"""Of a round, in order; those that measure a player are `evaluation`, `task` and `wins`."""
+
 __all__ = [
+    "MAKE",
     "answer_shards",
     "data",
     "engine_gap",
