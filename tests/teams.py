@@ -24,7 +24,7 @@ from sparring.logps import packs, plain_token_logps, score, use_plain
 from sparring.rundir.shards import ShardedStates
 from sparring.rundir.states import TrainStates
 from sparring.sharding import Team, team
-from sparring.train import _prepare, train, trained_parameters
+from sparring.train import prepare, train, trained_parameters
 from sparring.types import Frozen, Group
 
 VOCAB = 29
@@ -237,7 +237,7 @@ def _score_player(own: Team, place: Path, case: Case) -> None:
 def casts_of_a_step(own: Team | None, case: Case) -> int:
     """The most numbers in 16 bits that are there at a time of a gradient of two micro-batches."""
     made: Any = own.share(learner(case)) if own else learner(case)
-    _prepare(made, TrainConfig(gradient_checkpointing=case.checkpointing))
+    prepare(made, TrainConfig(gradient_checkpointing=case.checkpointing))
     with Casts() as casts:
         gradient(
             made, groups(4), {"reference": frozen(case, groups(4))["reference"]}, methods.make("spin", {}),
