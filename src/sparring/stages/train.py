@@ -221,7 +221,10 @@ def _compile(
     if wanted == "always" or record[r.folder]["pays"]:
         problem = compiled.begin(stack, model, once)
         if problem and wanted == "always":
-            raise InputError(f"model.compile: always, but the layers cannot be compiled ({problem}); say auto or never")
+            raise InputError(
+                f"model.compile: always, but the layers cannot be compiled ({problem}); say auto or never, or empty torch's "
+                "cache (TORCHINDUCTOR_CACHE_DIR) where a kill has left a broken file in it"
+            )
 
 
 @contextmanager
