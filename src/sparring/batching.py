@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
-MOST_TOKENS = 2**14
-"""Of a pass that keeps nothing for a backward pass."""
 MOST_LOGITS = 2**27
 """Logits of a forward pass that are kept for its backward pass, in float32: half a gigabyte, which is twice as many in bfloat16."""
 PIECE_LOGITS = 2**25
@@ -19,6 +17,15 @@ SHORT = 128
 BLOCK, BLOCK_HALF = 128, 192
 """Queries of longer rows that attention takes together, in two bytes a number more: those are multiplied faster."""
 _WASTE = 96 * 96
+
+
+def most_tokens(*, cuda: bool, half: bool) -> int:
+    """Tokens of a pass that keeps nothing for a backward pass, in two bytes a number (`half`) or four.
+
+    On CPUs wider passes are slower, by a third to two thirds at four times as many: the C library gives their large
+    blocks back to the system after every product, which clears them anew.
+    """
+    return 2**14 if cuda else 2**12 if half else 2**11
 
 
 def whole_logits(count: int, size: int) -> bool:

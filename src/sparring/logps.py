@@ -27,7 +27,6 @@ from torch import Tensor, nn
 
 from sparring import batching, packed
 from sparring.attention import is_packed, unwrapped
-from sparring.batching import MOST_TOKENS as MOST_TOKENS
 from sparring.batching import batches as batches
 from sparring.progress import OnRows, silent
 from sparring.sharding import Sharded
@@ -327,9 +326,8 @@ def score(
         return token_logps(model, prompts, completions, compute=compute, hide=hide, sharpen=sharpen)
 
     plain = hide is not None or not packs(model)
-    rows = _scored(
-        model, prompts, completions, table, batch_size=batch_size, most=MOST_TOKENS, plain=plain, on_rows=on_rows
-    )
+    most = pass_tokens(model, compute)
+    rows = _scored(model, prompts, completions, table, batch_size=batch_size, most=most, plain=plain, on_rows=on_rows)
     return [tuple(row) for row in rows]
 
 
@@ -340,7 +338,7 @@ def score_greedy(
     completions: Sequence[Sequence[int]],
     *,
     batch_size: int,
-    batch_tokens: int = MOST_TOKENS,
+    batch_tokens: int | None = None,
     compute: torch.dtype | None = None,
     on_rows: OnRows = silent,
 ) -> list[tuple[tuple[float, ...], tuple[bool, ...]]]:
@@ -358,9 +356,8 @@ def score_greedy(
         best = window.logits.argmax(-1) == window.tokens
         return window.aligned(torch.stack([logps, best.to(logps.dtype)], -1))
 
-    rows = _scored(
-        model, prompts, completions, table, batch_size=batch_size, most=batch_tokens, plain=plain, on_rows=on_rows
-    )
+    most = batch_tokens or pass_tokens(model, compute)
+    rows = _scored(model, prompts, completions, table, batch_size=batch_size, most=most, plain=plain, on_rows=on_rows)
     return [(tuple(p for p, _ in row), tuple(best > 0 for _, best in row)) for row in rows]
 
 
@@ -395,6 +392,13 @@ def _scored(
             result[i] = line[: len(completions[i])]
         on_rows(len(rows), sum(len(completions[i]) for i in rows))
     return team.joined(result, [len(c) for c in completions]) if team else result
+
+
+def pass_tokens(model: nn.Module, compute: torch.dtype | None) -> int:
+    """Tokens of a model's forward pass of which nothing is kept."""
+    weight = next(model.parameters())
+    half = (compute or weight.dtype).itemsize == 2
+    return batching.most_tokens(cuda=weight.is_cuda, half=half)
 
 
 def _cost(prompt: int, completions: Sequence[int], plain: bool) -> int:

@@ -15,7 +15,6 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from sparring.batching import MOST_TOKENS
 from sparring.config import Config
 from sparring.cost import work
 from sparring.cost.estimate import uses_bf16
@@ -61,7 +60,7 @@ def measure(config: Config, shape: Shape, given: Texts, hardware: Hardware) -> R
     learned = work.learning(machine, [work.rows(micro)], coupled=False, companions=0).flops / bench.learn(micro)
     optimizer = settings.train.optimizer
     updated = work.update(machine, optimizer).moved / bench.update(optimizer)
-    passes = work.scored(micro, 4 * settings.train.micro_batch, MOST_TOKENS)
+    passes = work.scored(micro, 4 * settings.train.micro_batch, where.most_tokens)
     scored = work.scoring(machine, [work.rows(part) for part in passes]).flops / bench.score(micro)
     width = max(4, min(settings.play.batch_size, 32))
     prompt = max(1, round(sum(item.prompt for item in items) / len(items)))

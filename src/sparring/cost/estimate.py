@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
 
-from sparring.batching import MOST_TOKENS, batches
+from sparring.batching import batches
 from sparring.config import Config, PlayConfig, Sampling
 from sparring.cost import memory, texts, work
 from sparring.cost.hardware import PER_MACHINE, Hardware, Rates, assumed
@@ -17,6 +17,7 @@ from sparring.cost.shapes import Shape
 from sparring.cost.texts import Texts
 from sparring.cost.work import Item, Machine, Work
 from sparring.plan import Plan, RoundPlan
+from sparring.stages.pair import PROBED
 
 PLAYED_BYTES, PAIRED_BYTES, FROZEN_BYTES = 14.0, 4.0, 5.0
 """On disk per token: of samples (id, log-prob, text), groups and frozen log-probs, compressed; of 60M's run."""
@@ -221,7 +222,7 @@ class _Estimator:
         faster = {name: getattr(rates, name) * size for name in ("score", "decode", "bandwidth")}
         # Its steps are recorded once and replayed, not launched layer by layer
         machine = Machine(self._shape, self._base, replace(rates, launch=0.0, **faster))
-        chunk = [asked[i % len(asked)] for i in range(max(1, min(4096, round(count))))]
+        chunk = texts.spread(asked, max(1, min(4096, round(count))))
         done = work.answering(machine, chunk, width, repeats=1, models=models) * (count / len(chunk))
         return _Part(replace(done, seconds=done.seconds / copies), held, engine.gpu_memory)
 
@@ -229,14 +230,16 @@ class _Estimator:
         self, asked: Sequence[tuple[int, int]], settings: PlayConfig, count: float, repeats: int, models: int = 1
     ) -> tuple[Work, Pieces, float]:
         """Work, memory and jobs of `count` answers by the built-in engine."""
-        chunk = [row for row in asked for _ in range(repeats)]
         rows = min(settings.chunk * repeats, max(1, round(count)))
-        chunk = [chunk[i % len(chunk)] for i in range(rows)]
+        chosen = texts.spread(asked, -(-rows // repeats))
+        chunk = [row for row in chosen for _ in range(repeats)][:rows]
         done = work.answering(self._machine(), chunk, settings.batch_size, repeats=repeats, models=models)
         width = min(settings.batch_size, rows)
         longest = max(prompt for prompt, _ in asked)
         read = sorted((prompt for prompt, _ in chunk), reverse=True)[: -(-width // repeats)]
-        held = memory.playing(self._shape, self._base, width, longest + settings.max_new_tokens, _reading(read), models)
+        held = memory.playing(
+            self._shape, self._base, width, longest + settings.max_new_tokens, _reading(read, self._base), models
+        )
         return done * (count / rows), held, count / rows
 
     def _samples(self, r: RoundPlan) -> Cost:
@@ -270,11 +273,14 @@ class _Estimator:
             known = exact and r.roles[role] in opponents
             fresh = [Item(i.prompt, i.given, i.weight) for i in own if i.given] if known else own
             asked = [*fresh, *replayed]
-            passes = _passes(asked, rows, where.plain)
+            passes = _passes(asked, rows, where)
             if not passes:
                 continue
             scale = sum(i.weight for i in asked) / max(1, len(asked))
             parts.append(self._scored(passes, where, scale, sum(i.weight for i in own) / 512))
+            if known:
+                few = texts.spread(own, PROBED)
+                parts.append(self._scored(_passes(few, rows, where), where, 1, 1))
             tokens += scale * sum(p.tokens for p in passes)
             disk += sum(i.weight * sum(i.completions) for i in (*own, *replayed)) * FROZEN_BYTES
         return self._cost(f"{r.folder}/frozen", tokens, disk, *parts)
@@ -295,11 +301,10 @@ class _Estimator:
     def _reading(self, r: RoundPlan) -> list[Pass]:
         """The passes in which a guard reads its held-out pairs."""
         count = min(self._config.controls.prompts, self._texts.heldout)
-        rows = self._texts.rows
         most = r.settings.play.max_new_tokens
+        rows = texts.spread(self._texts.rows, count)
         pairs = [Item(p, (gold, self._texts.played(gold, most))) for p, gold in rows]
-        chosen = [pairs[i % len(pairs)] for i in range(count)]
-        return _passes(chosen, 4 * r.settings.train.micro_batch, plain=False)
+        return _passes(pairs, 4 * r.settings.train.micro_batch, self._scorer)
 
     def _player_stage(self, r: RoundPlan, groups: Sequence[Item]) -> Cost:
         """Training: as many optimizer steps as the groups make, of which some stand for all."""
@@ -355,8 +360,8 @@ class _Estimator:
         if settings.samples:
             wanted = count * settings.samples
             parts.append(self._sampled(settings, asked, play, wanted, settings.samples, jobs=jobs))
-        rows = [Item(p, (gold,)) for p, gold in given.rows]
-        passes = _passes([rows[i % len(rows)] for i in range(count)], play.batch_size, plain=False)
+        rows = [Item(p, (gold,)) for p, gold in texts.spread(given.rows, count)]
+        passes = _passes(rows, play.batch_size, self._scorer)
         parts.append(self._scored(passes, self._scorer, 1, jobs))
         tokens = sum(p.tokens for p in passes) + count * (1 + settings.samples) * _mean([a for _, a in asked])
         return self._cost(folder, tokens, 0.0, *parts)
@@ -372,23 +377,22 @@ def _mean(values: Sequence[int]) -> float:
     return sum(values) / len(values)
 
 
-def _reading(prompts: Sequence[int]) -> Pass:
+def _reading(prompts: Sequence[int], where: Where) -> Pass:
     """The largest batch in which prompts are read."""
-    spans = batches(prompts, [1] * len(prompts), len(prompts), MOST_TOKENS)
+    spans = batches(prompts, [1] * len(prompts), len(prompts), where.most_tokens)
     parts = [[prompts[at] for at in span] for span in spans]
     most = max(parts, key=lambda part: len(part) * max(part))
     return Pass(len(most), max(most), sum(most), len(most))
 
 
-def _passes(items: Sequence[Item], most_rows: int, plain: bool) -> list[Pass]:
-    make = work.alone if plain else work.rows
-    return [make(part) for part in work.scored(items, most_rows, MOST_TOKENS)]
+def _passes(items: Sequence[Item], most_rows: int, where: Where) -> list[Pass]:
+    make = work.alone if where.plain else work.rows
+    return [make(part) for part in work.scored(items, most_rows, where.most_tokens)]
 
 
 def _drawn(groups: Sequence[Item], size: int, most: int = 8) -> list[list[Item]]:
     """Some optimizer batches that stand for all: every n-th group, so that each has long and short ones."""
-    ordered = sorted(groups, key=lambda g: g.padded)
+    ordered = sorted(groups, key=lambda g: g.padded, reverse=True)
     wanted = max(1, min(most, len(ordered) // size))
-    stride = max(1, len(ordered) // (wanted * size))
-    chosen = [ordered[(i * stride) % len(ordered)] for i in range(wanted * size)]
+    chosen = texts.spread(ordered, wanted * size)
     return [chosen[i::wanted] for i in range(wanted)]

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from sparring.batching import MOST_SCORES, PIECE_LOGITS, SHORT, extents, whole_logits
+from sparring.batching import MOST_SCORES, PIECE_LOGITS, SHORT, extents, most_tokens, whole_logits
 from sparring.cost.shapes import Shape
 
 Pieces = Mapping[str, float]
@@ -18,7 +18,7 @@ Pieces = Mapping[str, float]
 PROGRAM = 0.5e9
 """Of Python, torch, transformers and pyarrow in this machine's memory; on CPU they are beside the tensors."""
 FLOAT = 4
-HEAP, HEAP_LEARNING, HEAP_ADAPTER = 1.5, 0.8, 1.4
+HEAP, HEAP_LEARNING, HEAP_ADAPTER = 1.0, 0.8, 1.4
 """What glibc keeps of freed blocks, as a share of what layers and logits take where nothing is kept for a backward
 pass, in training, and in training an adapter, whose small tensors lie between; measured (docs/plan.md)."""
 _HEAP_BLOCK, _LEARNING_BLOCK = 64e6, 14e6
@@ -68,6 +68,11 @@ class Where:
     def size(self) -> int:
         """Bytes of a computed number."""
         return 2 if self.bf16 else FLOAT
+
+    @property
+    def most_tokens(self) -> int:
+        """Of a pass that keeps nothing for a backward pass."""
+        return most_tokens(cuda=self.cuda, half=self.bf16)
 
 
 def _beside(shape: Shape, where: Where, held: Pieces, rows: Pass, learns: bool = False) -> Pieces:

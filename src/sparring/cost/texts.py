@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
+from typing import TypeVar
 
 from sparring.config import Config
 from sparring.cost.work import Item
@@ -16,6 +17,7 @@ from sparring.errors import InputError
 from sparring.plan import RoundPlan
 from sparring.types import Method, Played, Rendered, Sample, Score, Turn
 
+T = TypeVar("T")
 MOST = 256
 """Examples that stand for all; the longest are among them."""
 PROMPT, ANSWER = 200, 300
@@ -27,7 +29,7 @@ class Texts:
     """Examples by their lengths in tokens."""
 
     rows: tuple[tuple[int, int], ...]
-    """(prompt, gold answer) of some that stand for all, in no order that matters."""
+    """(prompt, gold answer) of some that stand for all, the longest first."""
     train: int
     heldout: int
     sample: int | None = None
@@ -57,11 +59,15 @@ def assumed(config: Config, prompts: int | None, prompt: int | None, answer: int
 
 def measured(rows: Sequence[tuple[int, int]], train: int, heldout: int, sample: int | None) -> Texts:
     """Examples of a data set: evenly spaced ones among all by length, with the longest."""
-    ordered = sorted(rows, key=sum)
-    chosen = ordered if len(ordered) <= MOST else [ordered[-1 - i * len(ordered) // MOST] for i in range(MOST)]
+    chosen = spread(sorted(rows, key=sum, reverse=True), min(len(rows), MOST))
     mean = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
     told = f"lengths of the data: prompts of {mean[0]:.0f}, gold answers of {mean[1]:.0f} tokens on average"
     return Texts(tuple(chosen), train, heldout, sample, told)
+
+
+def spread(rows: Sequence[T], number: int) -> list[T]:
+    """So many of them, evenly spaced and the first among them, each as often as the others to within one."""
+    return [rows[i * len(rows) // number] for i in range(number)]
 
 
 def groups(r: RoundPlan, texts: Texts) -> list[Item]:

@@ -37,8 +37,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("sparring")
 
-BATCH_TOKENS = {"cpu": 2**11, "cuda": 2**14}
-"""Tokens of a batch by device: on a CPU larger ones are no faster."""
 SHOTS_SEED = 1234
 """Seed of the shots' draw: the harness's own, so that prompts are those of published figures."""
 TASKS_SEED = 0
@@ -137,7 +135,7 @@ def run_suite(
     columns: some of the suite's columns, by name.
     chat_template: True writes prompts with the tokenizer's template, a Jinja text with that one; `multiturn` makes each
         shot a turn of its own.
-    batch_tokens: tokens of a batch; lower it where memory runs out. `BATCH_TOKENS` by default.
+    batch_tokens: tokens of a batch; lower it where memory runs out. `logps.pass_tokens` by default.
     context: longest row in tokens; the model's own by default. Longer prompts lose their beginning, as in HFLM.
     stop_ids: end tokens beside the tokenizer's EOS; those of the model's generation configuration by default.
     seed: of sampled answers; the suites' own are greedy.
@@ -145,9 +143,10 @@ def run_suite(
 
     Raises InputError where the harness is not installed, the data is not there, or a setting does not fit.
     """
+    from sparring.logps import pass_tokens
+
     chosen = checked_suite(suite, columns=columns, data_dir=data_dir, limit=limit)
-    device = next(model.parameters()).device.type
-    batch_tokens = BATCH_TOKENS.get(device, BATCH_TOKENS["cpu"]) if batch_tokens is None else batch_tokens
+    batch_tokens = pass_tokens(model, compute) if batch_tokens is None else batch_tokens
     if batch_tokens < 1 or (context is not None and context < 2):
         raise InputError("batch_tokens and context count tokens: at least 1 and at least 2")
     if chat_template is True and not tokenizer.chat_template:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sparring.attention import Layout, Rule, States, Tree, packed, scores, unwrapped
-from sparring.logps import MOST_TOKENS, batches, packs
+from sparring.logps import batches, packs, pass_tokens
 from sparring.packed import head
 from sparring.play.padded import Choose, Prompts, Row
 from sparring.progress import OnRows, silent
@@ -129,6 +129,9 @@ class Slots:
         self._base = unwrapped(model)
         self._decoder = self._base.get_decoder()
         self.device = next(model.parameters()).device
+        kind = self.device.type
+        compute = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        self._most = pass_tokens(model, compute)
         self._store = _Store(size, -(-room // _ALIGNED) * _ALIGNED)
         self._ones = torch.ones(1, size, dtype=torch.long, device=self.device)
         self._position = torch.zeros(size, dtype=torch.long, device=self.device)
@@ -141,7 +144,7 @@ class Slots:
         sizes = [len(prompts[run[0]]) for run in runs]
         logits = [
             self._read([prompts[runs[r][0]] for r in chosen], [[slots[i] for i in runs[r]] for r in chosen])
-            for chosen in batches(sizes, [1] * len(runs), len(runs), MOST_TOKENS)
+            for chosen in batches(sizes, [1] * len(runs), len(runs), self._most)
         ]
         return torch.cat(logits)
 
