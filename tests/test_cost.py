@@ -328,6 +328,36 @@ def test_what_the_opponent_sampled_is_not_scored_again_in_full_precision() -> No
     assert rounds == pytest.approx([rounds[0], 4 * rounds[0], 9 * rounds[0]])
 
 
+def test_the_samplers_log_probs_are_checked_on_a_few_groups() -> None:
+    """In float32, 200 gold answers and both answers of sixteen groups; 200 of one length score as one does."""
+    shape, hardware = KNOWN["Qwen/Qwen2.5-0.5B"], parse("1xA100-80G")
+    found = configured({"method": "spin"}, model={"path": "Qwen/Qwen2.5-0.5B", "compute": "float32"})
+    costs = cost.estimate(found, stages(found), shape, ONE, hardware).costs
+    (frozen,) = (c for c in costs if c.name == "frozen")
+    gold, both = (work.forward(shape, work.rows([Item(200, answers)])) for answers in ((300,), (300, 256)))
+    assert frozen.flops == pytest.approx(200 * gold + 16 * both)
+
+
+def test_few_texts_stand_for_all_whatever_their_lengths() -> None:
+    """A hundred prompts of 10 to 1000 tokens, 505 on average: so are those of 20, of 130, and what is trained on."""
+    rows = tuple((10 * n, 20) for n in range(100, 0, -1))
+    shape, hardware = KNOWN["Qwen/Qwen2.5-0.5B"], parse("1xA100-80G")
+
+    def tokens(count: int, name: str, **sections: Any) -> float:
+        given = {"play": {"samples": 1, "max_new_tokens": 20}} | sections
+        found = configured({"method": "spin", "limit": count}, **given)
+        said = cost.estimate(found, stages(found), shape, Texts(rows, 130, 20), hardware)
+        return next(c for c in said.costs if c.name == name).tokens
+
+    assert tokens(20, "samples") == pytest.approx(20 * (505 + 20))  # of the prompts' mean
+    for count in (20, 100, 130):
+        passed = tokens(count, "player", train={"batch_size": 1, "epochs": 1})
+        assert passed == pytest.approx(count * (505 + 2 * 19), rel=0.03)
+    held = tokens(20, "held", evaluate={"limit": 20, "samples": 0}, controls={"prompts": 20})
+    assert held == pytest.approx(2 * 20 * (505 + 2 * 19), rel=0.03)
+    assert [texts.spread(range(4), n) for n in (1, 2, 6)] == [[2], [1, 3], [0, 1, 1, 2, 3, 3]]
+
+
 def test_a_plan_by_hand() -> None:
     """SPIN's 50k pairs: steps, tokens, player's bytes; 2·N operations per token in play, 6·N in training."""
     source = RECIPES / "spin_zephyr7b.yaml"
@@ -515,15 +545,23 @@ def test_lengths_are_the_datas_where_it_is_here(tmp_path: Path, tiny_model: Path
     assert played.tokens == pytest.approx(12 * 5 + sum(prompt for prompt, _ in said.texts.rows))
 
 
+@pytest.mark.parametrize("rank", [0, 4])
 def test_calibration_measures_this_machine(
-    tmp_path: Path, tiny_model: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+    rank: int, tmp_path: Path, tiny_model: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from sparring.cost import calibrate
 
     monkeypatch.setattr(calibrate, "_SECONDS", 0.0)
     path = write_recipe(tmp_path / "r.yaml", recipe(tmp_path / "run", tiny_model, tiny_data))
-    rates = cost.plan(path, calibrate=True).estimate.rates
+    trained: list[int] = []
+    step = calibrate.work.update
+    monkeypatch.setattr(
+        calibrate.work, "update", lambda m, name: (trained.append(memory.trained(m.shape, m.where)), step(m, name))[1]
+    )
+    rates = cost.plan(path, [f"model.lora_rank={rank}"], calibrate=True).estimate.rates
     assert rates.measured
+    shape = shape_of(ModelConfig(path=str(tiny_model)))
+    assert trained[0] == (shape.adapter(4) if rank else shape.parameters)
     measured = (rates.train, rates.score, rates.decode, rates.bandwidth, rates.update, rates.disk)
     assert all(1e3 < rate < 1e13 for rate in measured)
     assert not list(tmp_path.glob("tmp*"))

@@ -60,6 +60,22 @@ def fed(model: Any, prompts: Sequence[Sequence[int]], completions: Sequence[Sequ
     return {name: value.tolist() if isinstance(value, Tensor) else value for name, value in seen.items()}
 
 
+@pytest.mark.parametrize(("compute", "most"), [(None, 2048), (torch.bfloat16, 4096)])
+def test_passes_on_a_cpu_are_of_a_few_thousand_tokens(
+    compute: torch.dtype | None, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, sizes = tiny("llama"), list[int]()
+    monkeypatch.setattr(
+        "sparring.logps.token_logps",
+        lambda model, prompts, completions, **_: (
+            sizes.append(sum(map(len, (*prompts, *completions)))),
+            torch.zeros(len(prompts), 500),
+        )[1],
+    )
+    score(model, [[n % 50] for n in range(30)], [[5] * 499] * 30, batch_size=64, compute=compute)
+    assert (max(sizes), sum(sizes)) == (most // 500 * 500, 15_000)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_row_scores_among_others_as_it_does_alone(name: str) -> None:
     """GPT-2 and OPT have 20 positions: a batch must not be longer than its longest row, 20 here."""

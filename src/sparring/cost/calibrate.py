@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from sparring.config import Config
+from sparring.config import Config, ModelConfig
 from sparring.cost import work
 from sparring.cost.estimate import uses_bf16
 from sparring.cost.hardware import Hardware, Rates
@@ -48,11 +48,11 @@ def measure(config: Config, shape: Shape, given: Texts, hardware: Hardware) -> R
     bf16 = uses_bf16(config, hardware)
     layers = max(1, min(shape.layers, int((_MOST_WEIGHTS - 2 * shape.head) / shape.layer)))
     small = Shape(**{**vars(shape), "layers": layers})
-    where = Where(bf16, hardware.device.cuda)
+    where = Where(bf16, hardware.device.cuda, lora_rank=config.model.lora_rank)
     machine = Machine(small, where, Rates(1, 1, 1, 1, 1, 0))
     settings = config.rounds[-1]
     items = _items(given, settings.play.max_new_tokens)
-    bench = _Bench(_model(small, device), torch.bfloat16 if bf16 else None, small.vocabulary)
+    bench = _Bench(_model(small, device), config.model, torch.bfloat16 if bf16 else None, small.vocabulary)
     batch = work.micro_batches(
         items[: settings.train.batch_size], settings.train.micro_batch, settings.train.micro_tokens
     )
@@ -98,8 +98,12 @@ def _model(shape: Shape, device: Any) -> nn.Module:
 class _Bench:
     """A model that does what stages do, and how many seconds that takes."""
 
-    def __init__(self, model: nn.Module, compute: Any, vocabulary: int) -> None:
+    def __init__(self, model: nn.Module, settings: ModelConfig, compute: Any, vocabulary: int) -> None:
+        from sparring import adapters
+
         self._model, self._compute = model, compute
+        base = adapters.Base("", None, "")
+        self._learner = adapters.fresh(model, base, settings, 0) if settings.lora_rank else model
         self._random, self._vocabulary = random.Random(0), vocabulary
         self._end = time.monotonic() + _ALL
 
@@ -114,7 +118,7 @@ class _Bench:
 
         def work() -> None:
             gradient(
-                self._model, groups, {"reference": frozen}, method,
+                self._learner, groups, {"reference": frozen}, method,
                 micro_batch=len(groups), micro_tokens=1 << 40, setting=Setting(self._compute),
             )  # fmt: skip
 
@@ -127,7 +131,7 @@ class _Bench:
         from sparring.config import TrainConfig
         from sparring.train import make_optimizer
 
-        parameters = list(self._model.parameters())
+        parameters = [p for p in self._learner.parameters() if p.requires_grad]
         made = make_optimizer(parameters, TrainConfig(optimizer=optimizer))  # type: ignore[arg-type]
 
         def work() -> None:

@@ -18,9 +18,9 @@ Pieces = Mapping[str, float]
 PROGRAM = 0.5e9
 """Of Python, torch, transformers and pyarrow in this machine's memory; on CPU they are beside the tensors."""
 FLOAT = 4
-HEAP, HEAP_LEARNING, HEAP_ADAPTER = 1.0, 0.8, 1.4
+HEAP, HEAP_LEARNING = 1.0, 0.8
 """What glibc keeps of freed blocks, as a share of what layers and logits take where nothing is kept for a backward
-pass, in training, and in training an adapter, whose small tensors lie between; measured (docs/plan.md)."""
+pass, and in training; measured (docs/plan.md)."""
 _HEAP_BLOCK, _LEARNING_BLOCK = 64e6, 14e6
 """Bytes of a layer's widest tensor from which blocks are given back instead; measured likewise."""
 PACKED = 0.5 + 1 / 64 + 4 / (64 * 256)
@@ -84,8 +84,7 @@ def _beside(shape: Shape, where: Where, held: Pieces, rows: Pass, learns: bool =
     if where.quantized:
         # Loaded whole, before it is packed
         held = widest(held, {"weights": FLOAT * shape.parameters})
-    learning = HEAP_ADAPTER if where.lora_rank else HEAP_LEARNING
-    heap = learning * (block < _LEARNING_BLOCK) if learns else HEAP * (block < _HEAP_BLOCK)
+    heap = HEAP_LEARNING * (block < _LEARNING_BLOCK) if learns else HEAP * (block < _HEAP_BLOCK)
     return {"program": PROGRAM, **held, "heap": heap * passing}
 
 
