@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -183,6 +186,63 @@ def test_several_passes_make_a_trial_of_the_first_pass_only(
     monkeypatch.setattr(compiled, "settled", settled)
     sparring.run(tiny_recipe)
     assert asked == [6.0, 6.0, 6.0]
+
+
+def test_where_compiling_fails_an_empty_cache_is_tried(
+    monkeypatch: pytest.MonkeyPatch, tiny_recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    """The first attempt meets a broken cache; the second one's is there until training ends, and gone then."""
+    torn, caches = str(tmp_path / "torn"), set[str]()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", torn)
+
+    def compile(forward: Any, *, dynamic: bool) -> Any:
+        def call(*given: Any, **named: Any) -> Any:
+            cache = os.environ["TORCHINDUCTOR_CACHE_DIR"]
+            if cache == torn:
+                raise ImportError("file too short")
+            assert Path(cache).is_dir()
+            caches.add(cache)
+            return forward(*given, **named)
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", compile)
+    tiny_recipe["model"]["compile"] = "always"
+    run = sparring.run(tiny_recipe)
+    assert len(caches) == len(player_shas(run.path)) - 1 and not any(map(os.path.exists, caches))
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == torn
+
+
+def test_a_round_that_cannot_be_compiled_any_more_says_so(
+    monkeypatch: pytest.MonkeyPatch, tiny_recipe: dict[str, Any], eager: list[Any]
+) -> None:
+    monkeypatch.setattr(compiled, "LEAST", 0.0)
+    monkeypatch.setattr(compiled, "settled", lambda *_: {"pays": True, "plain": 1.0})
+    monkeypatch.setattr(torch, "compile", broken)
+    record = read_json(sparring.run(tiny_recipe).path / compiled.FILE)
+    assert {(found["pays"], found["problem"]) for found in record.values()} == {(False, "no compiler here")}
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.filterwarnings("ignore")
+def test_a_cut_off_file_in_the_cache_is_no_end(tmp_path: Path) -> None:
+    """A new process meets a cache of which every library was cut in half."""
+    cache = tmp_path / "cache"
+    code = (
+        "import contextlib; from test_compiled import *; model = made(*FAST['sliding window'])\n"
+        "once = lambda: value_and_gradient(model, packed_token_logps)\n"
+        "with contextlib.ExitStack() as stack: print(compiled.begin(stack, model, once))"
+    )
+    paths = os.pathsep.join((str(Path(__file__).parent), str(Path(sparring.__file__).parents[1])))
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(cache), "PYTHONPATH": paths}
+    for _ in range(2):
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        assert done.stdout.split() == ["None"]
+        libraries = list(cache.rglob("*.so"))
+        assert libraries
+        for library in libraries:
+            library.write_bytes(library.read_bytes()[: library.stat().st_size // 2])
 
 
 @pytest.mark.slow

@@ -41,7 +41,7 @@ from sparring import api  # noqa: E402
 from sparring.config import TrainConfig  # noqa: E402
 from sparring.types import Group, Sample  # noqa: E402
 
-SIZES = (16, 32, 64)
+SIZES = (32, 64, 128)
 STAGES = {"samples": "play", "groups": "pair", "frozen": "frozen", "player": "train"}
 
 
@@ -54,7 +54,7 @@ def recipe(folder: Path, run: Path, given: Any) -> dict[str, Any]:
         "model": {"path": str(folder / "model"), "compute": "bfloat16", "threads": record.THREADS},
         "data": {"path": str(folder / "data.jsonl"), "heldout_size": 0},
         "controls": {"displacement": None, "trust_region": None, "patience": None},
-        "play": {"max_new_tokens": shapes.MAX_NEW},
+        "play": {"max_new_tokens": shapes.MAX_NEW, "batch_size": SIZES[-1]},
         "rounds": [{"method": "spin", "beta": BETA, "train": train}],
     }
 

@@ -6,17 +6,23 @@
 `equal`: no end tokens, 128 new tokens for prompts of 20 to 40. `ragged`: prompts of 12 to 330 tokens and 1 in 72 tokens
 ends an answer, so that answers are geometric and cut at 256. sparring samples first; `generate` then makes, by a
 stopping criterion, as many tokens for every prompt as sparring did (`theirs.py`), so that both make the same number. It
-has sdpa attention, left-padded prompts sorted by length, and the fastest of the batch sizes given, tried once each
-before the clock starts. bfloat16: sparring computes under autocast or as it sees fit over float32 weights; `generate`
+has sdpa attention and left-padded prompts sorted by length. Both sides have the fastest of the batch sizes given, tried
+once each before the clock starts. bfloat16: sparring computes under autocast or as it sees fit over float32 weights; `generate`
 has bfloat16 weights. `--continuous` times `generate_batch` once as well, with the same end tokens and not the same
-lengths; where it fails its error is recorded.
+lengths; where it fails its error is recorded. `--vllm PYTHON`, the Python of an environment with vllm, takes its engine in
+place of `generate`: its start and a first pass over all prompts are outside the clock.
 """
 
 from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Sequence
+import json
+import os
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -29,7 +35,6 @@ import theirs  # noqa: E402
 import torch  # noqa: E402
 from transformers import GenerationConfig  # noqa: E402
 
-from sparring.config import PlayConfig  # noqa: E402
 from sparring.play.hf import Answer, key, sample  # noqa: E402
 
 EQUAL = 128
@@ -48,6 +53,39 @@ def continuous(model: Any, prompts: Sequence[list[int]], stops: list[int], most:
     return {"tokens": made, "tokens_per_second": round(made / seconds, 1)} if made else {"error": "it made no tokens"}
 
 
+class Served:
+    """vLLM in a process of its own (`served.py`), idle while it is not asked."""
+
+    def __init__(self, python: str, task: dict[str, Any]) -> None:
+        threads = {"OMP_NUM_THREADS": str(record.THREADS), "VLLM_CPU_OMP_THREADS_BIND": f"0-{record.THREADS - 1}"}
+        own = {
+            "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
+            "VLLM_CPU_KVCACHE_SPACE": "2",
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        }
+        kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        self._process = subprocess.Popen(
+            [python, str(Path(__file__).with_name("served.py"))], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL, text=True, env=kept | threads | own,
+        )  # fmt: skip
+        self.first = self.answered(task)
+
+    def answered(self, task: Any = None) -> dict[str, Any]:
+        """What it says after it has answered all prompts once."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(json.dumps(task) + "\n")
+        self._process.stdin.flush()
+        for line in self._process.stdout:
+            if line.startswith('{"seconds"'):
+                return dict(json.loads(line))
+        raise SystemExit(f"vllm ended with {self._process.wait()}: run {' '.join(map(str, self._process.args))}")  # type: ignore[arg-type]
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+
 def compare(name: str, kind: str, dtype: str, given: Any) -> dict[str, Any]:
     """One line: a model, a kind of lengths and a precision."""
     model = shapes.model(name)
@@ -58,7 +96,7 @@ def compare(name: str, kind: str, dtype: str, given: Any) -> dict[str, Any]:
     stops, most = ([], EQUAL) if kind == "equal" else (shapes.stop_ids(shape, vocabulary), shapes.MAX_NEW)
     compute = getattr(torch, dtype)
 
-    def play() -> list[Answer]:
+    def play(size: int) -> list[Answer]:
         gc.collect()
         return sample(
             model,
@@ -67,20 +105,37 @@ def compare(name: str, kind: str, dtype: str, given: Any) -> dict[str, Any]:
             temperature=1.0,
             max_new_tokens=most,
             stop_ids=stops,
-            batch_size=given.batch_size,
+            batch_size=size,
             compute=compute,
         )
 
-    lengths = [len(answer.tokens) for answer in play()]
-    other = copy.deepcopy(model).to(compute)
-    size, sizes = theirs.fastest_batch(lambda size: theirs.generate(other, prompts, lengths, size), given.batch_sizes)
-
-    def generate() -> None:
-        gc.collect()
-        theirs.generate(other, prompts, lengths, size)
-
-    seconds = record.interleaved(lambda: record.clock(play)[0], lambda: record.clock(generate)[0], given.repeats)
+    lengths = [len(answer.tokens) for answer in play(given.own_sizes[0])]
     tokens = sum(lengths)
+    own, tried = theirs.fastest_batch(play, given.own_sizes)
+
+    def sides(other: Callable[[], float]) -> tuple[Any, Any]:
+        return record.interleaved(lambda: record.clock(lambda: play(own))[0], other, given.repeats)
+
+    other = copy.deepcopy(model).to(compute)
+    if given.vllm:
+        with tempfile.TemporaryDirectory(prefix="vllm_") as folder:
+            shapes.save(name, Path(folder))
+            task = {"folder": folder, "dtype": dtype, "prompts": prompts, "lengths": lengths}
+            served = Served(given.vllm, task)
+            seconds = sides(lambda: float(served.answered()["seconds"]))
+            served.close()
+        against, told = "vllm", {"start": served.first["start"], "versions": served.first["versions"]}
+    else:
+        size, sizes = theirs.fastest_batch(
+            lambda size: theirs.generate(other, prompts, lengths, size), given.batch_sizes
+        )
+
+        def generate() -> None:
+            gc.collect()
+            theirs.generate(other, prompts, lengths, size)
+
+        seconds = sides(lambda: record.clock(generate)[0])
+        against, told = "generate", {"batch_size": size, "trials": sizes}
     rates = [round(tokens / median(side), 1) for side in seconds]
     row = {
         "benchmark": "sampler",
@@ -92,8 +147,8 @@ def compare(name: str, kind: str, dtype: str, given: Any) -> dict[str, Any]:
         "prompt_tokens": sum(map(len, prompts)),
         "tokens": tokens,
         "answer_lengths": [min(lengths), round(tokens / len(lengths), 1), max(lengths)],
-        "sparring": record.spread(seconds[0]) | {"tokens_per_second": rates[0], "batch_size": given.batch_size},
-        "generate": record.spread(seconds[1]) | {"tokens_per_second": rates[1], "batch_size": size, "trials": sizes},
+        "sparring": record.spread(seconds[0]) | {"tokens_per_second": rates[0], "batch_size": own, "trials": tried},
+        against: record.spread(seconds[1]) | {"tokens_per_second": rates[1]} | told,
         "ratio": record.faster(*seconds),
     }
     return row | ({"generate_batch": continuous(other, prompts, stops, most)} if given.continuous else {})
@@ -104,9 +159,10 @@ def main() -> None:
     options.add_argument("--models", nargs="+", default=list(shapes.MODELS), choices=list(shapes.MODELS))
     options.add_argument("--lengths", nargs="+", default=["equal", "ragged"], choices=["equal", "ragged"])
     options.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"], choices=["bfloat16", "float32"])
-    options.add_argument("--prompts", type=int, default=128)
-    options.add_argument("--batch-size", type=int, default=PlayConfig().batch_size, help="sparring's")
-    options.add_argument("--batch-sizes", type=int, nargs="+", default=[16, 32, 64], help="tried for generate")
+    options.add_argument("--prompts", type=int, default=256)
+    options.add_argument("--own-sizes", type=int, nargs="+", default=[32, 64, 128], help="batches tried for sparring")
+    options.add_argument("--batch-sizes", type=int, nargs="+", default=[32, 64, 128], help="tried for generate")
+    options.add_argument("--vllm", help="Python of an environment with vllm, to compare with instead of generate")
     options.add_argument("--continuous", action="store_true", help="time generate_batch too")
     options.add_argument("--repeats", type=int, default=5)
     given = options.parse_args()

@@ -1,4 +1,4 @@
-"""Two Qwen2 models with random weights, a tokenizer whose ids are exact, and three shapes of data.
+"""Two Qwen2 shapes with random weights, a tokenizer whose ids are exact, and three shapes of data.
 
     python benchmarks/speed/shapes.py 8M /tmp/8M        # write model and tokenizer as a Hugging Face folder
 
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
+    from transformers import PreTrainedTokenizerFast
 
     from sparring.types import Group
 
@@ -128,13 +128,14 @@ def stop_ids(shape: str, vocabulary: int) -> list[int]:
     return [END, *range(WORDS, WORDS + round(vocabulary / SHAPES[shape].mean) - 1)]
 
 
-def model(name: str, **changes: Any) -> Qwen2ForCausalLM:
+def model(name: str, kind: str = "qwen2", **changes: Any) -> Any:
     """The model in float32 and eval mode; the same name gives the same weights."""
     import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     settings: dict[str, Any] = MODELS[name] | changes
-    config = Qwen2Config(
+    config = AutoConfig.for_model(
+        kind,
         **settings,
         tie_word_embeddings=True,
         max_position_embeddings=4096,
@@ -144,7 +145,7 @@ def model(name: str, **changes: Any) -> Qwen2ForCausalLM:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return Qwen2ForCausalLM(config).eval()
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 
 def tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
@@ -163,11 +164,14 @@ def tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
 
 
 def save(name: str, folder: Path, stops: list[int] | None = None) -> None:
-    """Write model and tokenizer; `stops` are the generation configuration's end tokens."""
+    """Write a Llama of the model's sizes, and its tokenizer; `stops` are the generation configuration's end tokens.
+
+    For a Qwen2 transformers 5 would read any tokenizer as Qwen2's own, and ours with it as one that knows no word.
+    """
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    made = model(name)
+    made = model(name, "llama")
     assert made.generation_config is not None
     made.generation_config.eos_token_id = stops or END
     made.save_pretrained(folder)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -25,6 +27,7 @@ LEAST = 300.0
 """Seconds that training must be about to take before compiling, which itself takes half a minute to two, is tried."""
 WORTH = 0.05
 """Share of a pass's time that it must save."""
+_CACHE = "TORCHINDUCTOR_CACHE_DIR"
 
 
 def layers(model: nn.Module) -> list[nn.Module]:
@@ -73,18 +76,38 @@ def begin(stack: contextlib.ExitStack, model: nn.Module, once: Callable[[], obje
     """Have the model's layers compiled until `stack` ends; says what went wrong where they cannot be, and leaves them.
 
     They are compiled for the rows of `once`, and what they compute may depend on which those were: always the same ones
-    make training that goes on repeat to the bit.
+    make training that goes on repeat to the bit. A program that is stopped while it compiles can leave a broken file in
+    torch's cache, so a second attempt is made with an empty one.
     """
-    with contextlib.ExitStack() as trial:
+    problem = ""
+    for cache in (contextlib.nullcontext(), _empty_cache()):
+        with contextlib.ExitStack() as trial:
+            try:
+                trial.enter_context(cache)
+                trial.enter_context(compiled(model))
+                once()
+            except Exception as error:  # compilers fail in as many ways as there are machines
+                problem = next(iter(str(error).strip().splitlines()), type(error).__name__)
+                continue
+            stack.enter_context(trial.pop_all())
+            return None
+    log.info("layers are not compiled, training takes longer: %s", problem)
+    return problem
+
+
+@contextlib.contextmanager
+def _empty_cache() -> Iterator[None]:
+    """A cache of torch's that lasts as long as what is compiled with it."""
+    before = os.environ.get(_CACHE)
+    with tempfile.TemporaryDirectory(prefix="sparring_compiled_") as folder:
+        os.environ[_CACHE] = folder
         try:
-            trial.enter_context(compiled(model))
-            once()
-        except Exception as error:  # compilers fail in as many ways as there are machines
-            problem = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            log.info("layers are not compiled, training takes longer: %s", problem)
-            return problem
-        stack.enter_context(trial.pop_all())
-    return None
+            yield
+        finally:
+            if before is None:
+                del os.environ[_CACHE]
+            else:
+                os.environ[_CACHE] = before
 
 
 def _seconds(once: Callable[[], object]) -> float:

@@ -221,10 +221,9 @@ def _compile(
     if wanted == "always" or record[r.folder]["pays"]:
         problem = compiled.begin(stack, model, once)
         if problem and wanted == "always":
-            raise InputError(
-                f"model.compile: always, but the layers cannot be compiled ({problem}); say auto or never, or empty torch's "
-                "cache (TORCHINDUCTOR_CACHE_DIR) where a kill has left a broken file in it"
-            )
+            raise InputError(f"model.compile: always, but the layers cannot be compiled ({problem}); say auto or never")
+        if problem:
+            write_json(file, record | {r.folder: record[r.folder] | {"pays": False, "problem": problem}})
 
 
 @contextmanager
