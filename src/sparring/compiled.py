@@ -58,8 +58,10 @@ def compiled(model: nn.Module) -> Iterator[None]:
 
 
 def settled(model: nn.Module, once: Callable[[], object], passes: float) -> dict[str, Any]:
-    """Whether compiling pays (`pays`) for so many passes like `once`, and the seconds of a pass that say so."""
-    once()
+    """Whether compiling pays (`pays`) for so many passes like `once`, and the seconds of a pass that say so.
+
+    A short training is told by one pass, which it does not wait to be a warm one.
+    """
     found: dict[str, Any] = {"pays": False, "plain": _seconds(once)}
     if found["plain"] * passes < LEAST or not layers(model):
         return found
