@@ -15,19 +15,21 @@ from sparring.nearest import nearest
 from sparring.types import Example, Verifier
 
 GROUP = "sparring.verifiers"
+_DECIMALS = r"(?:\.[0-9]++|(?!\.[0-9]))"
+"""All decimals or none, if there are none: no `(?:…)?+`, as possessive groups keep half a repetition in Python 3.11.2."""
 _NUMBER = re.compile(
     # Possessive throughout: giving digits back would read 1 out of 14/5, which the last line is there to refuse, and
     # giving spaces back takes quadratic time on an answer that ends in thousands of them.
     r"[\s*$€£]*+(?P<sign>[-−+]?)[\s$€£]*+"
-    r"(?P<digits>[0-9][0-9,]*+(?:\.[0-9]++)?+|\.[0-9]++)"
+    rf"(?P<digits>[0-9][0-9,]*+{_DECIMALS}|\.[0-9]++)"
     r"(?!\s*[-−+/*^=×÷]\s*[0-9$(]|[eE][-+]?[0-9])"
 )
-_DIGITS = r"(?:[0-9]{1,3}+(?:,[0-9]{3}){1,12}+(?![0-9])|[0-9]++)(?:\.[0-9]++)?+|\.[0-9]++"
+_DIGITS = rf"(?:[0-9]{{1,3}}+(?:,[0-9]{{3}}){{1,12}}(?![0-9]|,[0-9]{{3}})|[0-9]++){_DECIMALS}|\.[0-9]++"
 _SIGN = r"[-−+]?+[$€£]?+[-−+]?+"
 _SIGNED = re.compile(rf"(?P<sign>{_SIGN})(?P<digits>{_DIGITS})")
 _CALCULATION = re.compile(
     # A number with what it is calculated with. A hyphen after a word is no sign, nor are digits in a word a number.
-    rf"(?:(?<![\w.)]){_SIGN})?(?<![\w.])(?:{_DIGITS})(?:(?:\s*+[-−+*/^×÷]\s*+|[eE]){_SIGN}(?:{_DIGITS}))*+"
+    rf"(?:(?<![\w.)]){_SIGN})?(?<![\w.])(?:{_DIGITS})(?:(?:\s*+[-−+*/^×÷]\s*+|[eE]){_SIGN}(?:{_DIGITS}))*"
 )
 
 
