@@ -341,6 +341,7 @@ def test_the_samplers_log_probs_are_checked_on_a_few_groups() -> None:
 def test_few_texts_stand_for_all_whatever_their_lengths() -> None:
     """A hundred prompts of 10 to 1000 tokens, 505 on average: so are those of 20, of 130, and what is trained on."""
     rows = tuple((10 * n, 20) for n in range(100, 0, -1))
+    # The longest is always among those that stand for all, so that eight of them are a ninth too long
     shape, hardware = KNOWN["Qwen/Qwen2.5-0.5B"], parse("1xA100-80G")
 
     def tokens(count: int, name: str, **sections: Any) -> float:
@@ -352,10 +353,10 @@ def test_few_texts_stand_for_all_whatever_their_lengths() -> None:
     assert tokens(20, "samples") == pytest.approx(20 * (505 + 20))  # of the prompts' mean
     for count in (20, 100, 130):
         passed = tokens(count, "player", train={"batch_size": 1, "epochs": 1})
-        assert passed == pytest.approx(count * (505 + 2 * 19), rel=0.03)
+        assert passed == pytest.approx(count * (505 + 2 * 19), rel=0.12)
     held = tokens(20, "held", evaluate={"limit": 20, "samples": 0}, controls={"prompts": 20})
-    assert held == pytest.approx(2 * 20 * (505 + 2 * 19), rel=0.03)
-    assert [texts.spread(range(4), n) for n in (1, 2, 6)] == [[2], [1, 3], [0, 1, 1, 2, 3, 3]]
+    assert held == pytest.approx(2 * 20 * (505 + 2 * 19), rel=0.06)
+    assert [texts.spread(range(4), n) for n in (1, 2, 6)] == [[0], [0, 2], [0, 0, 1, 2, 2, 3]]
 
 
 def test_a_plan_by_hand() -> None:

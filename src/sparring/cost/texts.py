@@ -59,16 +59,15 @@ def assumed(config: Config, prompts: int | None, prompt: int | None, answer: int
 
 def measured(rows: Sequence[tuple[int, int]], train: int, heldout: int, sample: int | None) -> Texts:
     """Examples of a data set: evenly spaced ones among all by length, with the longest."""
-    longest, *others = sorted(rows, key=sum, reverse=True)
-    chosen = [longest, *spread(others, min(len(others), MOST - 1))]
+    chosen = spread(sorted(rows, key=sum, reverse=True), min(len(rows), MOST))
     mean = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
     told = f"lengths of the data: prompts of {mean[0]:.0f}, gold answers of {mean[1]:.0f} tokens on average"
     return Texts(tuple(chosen), train, heldout, sample, told)
 
 
 def spread(rows: Sequence[T], number: int) -> list[T]:
-    """So many of them, evenly spaced, each as often as the others to within one."""
-    return [rows[(2 * i + 1) * len(rows) // (2 * number)] for i in range(number)]
+    """So many of them, evenly spaced and the first among them, each as often as the others to within one."""
+    return [rows[i * len(rows) // number] for i in range(number)]
 
 
 def groups(r: RoundPlan, texts: Texts) -> list[Item]:
