@@ -338,6 +338,21 @@ def test_the_samplers_log_probs_are_checked_on_a_few_groups() -> None:
     assert frozen.flops == pytest.approx(200 * gold + 16 * both)
 
 
+def test_answers_of_the_sampler_alone_are_kept_and_checked_not_scored() -> None:
+    """SPPO's groups hold two answers of the opponent's: of 100 and of 7 such, 16 and 7 are read and all are written."""
+    shape, hardware = KNOWN["Qwen/Qwen2.5-0.5B"], parse("1xA100-80G")
+    group = work.forward(shape, work.rows([Item(200, (256, 256))]))
+    for count, checked in ((100, 16), (7, 7)):
+        found = configured(
+            {"method": "sppo", "limit": count}, model={"path": "Qwen/Qwen2.5-0.5B", "compute": "float32"},
+            play={"samples": 5},
+        )  # fmt: skip
+        costs = cost.estimate(found, stages(found), shape, ONE, hardware).costs
+        (frozen,) = (c for c in costs if c.name == "frozen")
+        assert frozen.flops == pytest.approx(checked * group)
+        assert (frozen.tokens, frozen.disk) == (0, pytest.approx(count * 2 * 256 * 5))
+
+
 def test_few_texts_stand_for_all_whatever_their_lengths() -> None:
     """A hundred prompts of 10 to 1000 tokens, 505 on average: so are those of 20, of 130, and what is trained on."""
     rows = tuple((10 * n, 20) for n in range(100, 0, -1))

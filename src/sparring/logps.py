@@ -344,7 +344,7 @@ def score_greedy(
 ) -> list[tuple[tuple[float, ...], tuple[bool, ...]]]:
     """What `score` gives of each row, and of each token whether it is the likeliest, so that greedy decoding takes it.
 
-    A batch has at most `batch_size` rows and, of more than one, `batch_tokens` tokens.
+    A batch has at most `batch_size` rows and, of more than one, `batch_tokens` tokens (`pass_tokens` by default).
     """
     plain = not packs(model)
 

@@ -273,15 +273,14 @@ class _Estimator:
             known = exact and r.roles[role] in opponents
             fresh = [Item(i.prompt, i.given, i.weight) for i in own if i.given] if known else own
             asked = [*fresh, *replayed]
-            passes = _passes(asked, rows, where)
-            if not passes:
-                continue
-            scale = sum(i.weight for i in asked) / max(1, len(asked))
-            parts.append(self._scored(passes, where, scale, sum(i.weight for i in own) / 512))
-            if known:
-                few = texts.spread(own, PROBED)
+            if asked:
+                passes = _passes(asked, rows, where)
+                scale = sum(i.weight for i in asked) / len(asked)
+                parts.append(self._scored(passes, where, scale, sum(i.weight for i in own) / 512))
+                tokens += scale * sum(p.tokens for p in passes)
+            if known and own:
+                few = texts.spread(own, min(PROBED, math.ceil(sum(i.weight for i in own))))
                 parts.append(self._scored(_passes(few, rows, where), where, 1, 1))
-            tokens += scale * sum(p.tokens for p in passes)
             disk += sum(i.weight * sum(i.completions) for i in (*own, *replayed)) * FROZEN_BYTES
         return self._cost(f"{r.folder}/frozen", tokens, disk, *parts)
 
