@@ -13,10 +13,12 @@ import torch
 import transformers
 from torch import Tensor
 
+from sparring.batching import filler
 from sparring.config import PlayConfig
 from sparring.errors import InputError, NonFiniteError
 from sparring.logps import token_logps
-from sparring.play import slots
+from sparring.play import native, slots
+from sparring.play.halved import halved
 from sparring.play.hf import Answer, Mixture, draw, invert, keep_likeliest, key, play, sample, settings_id, uniforms
 from sparring.types import Player, Rendered
 
@@ -348,9 +350,15 @@ MANY = [p for p in RAGGED for _ in range(3)]
 LONG = {"max_new_tokens": 30, "stop_ids": (END, 7)}
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_slots_and_padded_batches_give_the_same_answers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny(name)
+@pytest.mark.parametrize(("name", "in_c"), [*((n, True) for n in CONFIGS), ("llama", False), ("mistral", False)])
+def test_slots_and_padded_batches_give_the_same_answers(name: str, in_c: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, asked = tiny(name), list[bool]()
+
+    def kernel(*sizes: Any) -> Any:
+        asked.append(in_c)
+        return native.kernel(*sizes) if in_c else None
+
+    monkeypatch.setattr(slots, "kernel", kernel)
     assert slots.decodes(model) == (name in IN_SLOTS)
     if name not in IN_SLOTS:
         return
@@ -364,6 +372,7 @@ def test_slots_and_padded_batches_give_the_same_answers(name: str, monkeypatch: 
         for a, b, row in zip(got, wanted, rescored.tolist(), strict=True):
             assert a.logps == pytest.approx(b.logps, abs=1e-5)
             assert a.logps == pytest.approx(row[: len(a.tokens)], abs=1e-5)
+    assert bool(asked) == (name != "gemma2")  # whose scores are capped
 
 
 def test_a_mixture_is_decoded_in_slots_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -375,7 +384,8 @@ def test_a_mixture_is_decoded_in_slots_too(monkeypatch: pytest.MonkeyPatch) -> N
     assert counts == []
     got = answers(model, MANY, **change)
     assert [a.tokens for a in got] == [a.tokens for a in wanted]
-    assert counts[:2] == [30 + 24 + 17, 7]  # each prompt once, then the seven rows that begin
+    read = 30 + 24 + 17
+    assert counts[:2] == [read + filler(read), 7]  # each prompt once, then the seven rows that begin
     for a, b in zip(got, wanted, strict=True):
         assert a.logps == pytest.approx(b.logps, abs=1e-5)
     assert [a.tokens for a in answers(model, MANY, batch_size=7, **LONG)] != [a.tokens for a in wanted]
@@ -400,19 +410,20 @@ def test_the_store_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert slots.decodes(model)
     made: list[Any] = []
     seen: set[tuple[int, ...]] = set()
-    put = slots._Store.put
+    layer = slots._Store.layer
 
-    def watched(store: Any, *arguments: Any) -> None:
-        put(store, *arguments)
+    def watched(store: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+        pair = layer(store, *arguments)
         made.append(store)
-        seen.update((x.data_ptr(), *x.shape) for pair in store._layers.values() for x in pair)
+        seen.update((x.data_ptr(), *x.shape) for x in pair)
+        return pair
 
-    monkeypatch.setattr(slots._Store, "put", watched)
+    monkeypatch.setattr(slots._Store, "layer", watched)
     answers(model, MANY, batch_size=5, **LONG)
     assert len({id(store) for store in made}) == 1
     assert len(seen) == 4  # keys and values of two layers
     assert {shape for _, *shape in map(list, seen) for shape in [tuple(shape)]} == {
-        (5 * 64, 2, 8)
+        (5, 2, 64, 8)
     }  # 30 + 30 and a little
 
 
@@ -472,6 +483,21 @@ def test_frozen_weights_are_cast_once_and_stay_frozen(llama: Any) -> None:
     assert not any(p.requires_grad for p in model.parameters())
 
 
+@pytest.mark.parametrize("compute", [torch.bfloat16, torch.float16])
+def test_halved_layers_multiply_as_autocast_does(llama: Any, compute: torch.dtype) -> None:
+    """Products of 16 bits with sums of 32 on both sides: apart by the order of sums, and gone again after an error."""
+    ids = torch.tensor([RAGGED[0]])
+    with torch.no_grad(), torch.autocast("cpu", compute):
+        wanted = llama(input_ids=ids).logits
+        with pytest.raises(KeyError), halved([llama], compute):
+            got = llama(input_ids=ids).logits
+            raise KeyError
+        assert torch.equal(llama(input_ids=ids).logits, wanted)
+    step = torch.finfo(compute).eps * float(wanted.abs().max())
+    assert got.dtype == compute and float((got - wanted).float().abs().max()) <= 4 * step
+    assert not any("forward" in m.__dict__ for m in llama.modules())
+
+
 # Ends and limits -------------------------------------------------------------------------------------------------
 
 
@@ -521,7 +547,8 @@ def test_an_adapter_gets_positions_too() -> None:
     assert slots.decodes(adapted)
     columns = tokens_per_forward(model.transformer)
     got = answers(adapted, PROMPTS, stop_ids=(), batch_size=33)
-    assert columns == [sum(map(len, PROMPTS))] + [33] * 11  # nothing is read twice
+    read = sum(map(len, PROMPTS))
+    assert columns == [read + filler(read)] + [33] * 11  # nothing is read twice
     for prompt, answer in zip(PROMPTS, got, strict=True):
         wanted = teacher_forced(adapted, prompt, answer.tokens)
         assert answer.logps == pytest.approx(wanted.tolist(), abs=1e-5)

@@ -7,20 +7,20 @@ no row sees another. What remains is the rounding of the forward pass, which may
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from sparring.errors import InputError, NonFiniteError
 from sparring.logps import autocast
 from sparring.play import padded, slots
+from sparring.play.halved import halved
 from sparring.play.padded import Prompts
 from sparring.progress import OnRows, silent
 from sparring.types import Finish, Player, Rendered, Sample
@@ -186,8 +186,7 @@ def sample(
     model.eval()
     try:
         # Without inference mode, in which autocast keeps no casts of weights
-        castable = _castable(models) if compute in (torch.bfloat16, torch.float16) else contextlib.nullcontext()
-        with torch.no_grad(), autocast(model.device, compute), castable:
+        with torch.no_grad(), autocast(model.device, compute), halved(models, compute):
             longest_first = [prompts[i] for i in order]
             rows = decode(models, longest_first, drawn, max_new_tokens, stop_ids, batch_size, choose, on_rows)
     finally:
@@ -198,19 +197,6 @@ def sample(
     if not all(np.isfinite(a.logps).all() for a in answers):
         raise NonFiniteError("play: the player's logits are not finite: its weights or the precision are broken")
     return [answer for _, answer in sorted(zip(order, answers, strict=True), key=lambda pair: pair[0])]
-
-
-@contextlib.contextmanager
-def _castable(models: Sequence[nn.Module]) -> Iterator[None]:
-    """Within it autocast casts a weight once, not at every step: it keeps the casts of weights that could be trained."""
-    frozen = [p for m in models for p in m.parameters() if p.is_floating_point() and not p.requires_grad]
-    try:
-        for parameter in frozen:
-            parameter.requires_grad_(True)
-        yield
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
 
 
 def play(

@@ -1,6 +1,6 @@
 """Decoding in slots: a row that ends gives its place to the next prompt, whatever the others are at.
 
-Keys and values of every slot lie in one store per layer that is made once. Prompts are read in one row without padding,
+Keys and values of every slot lie in one store per layer that is made once; on CPUs `native.py` attends to them. Prompts are read in one row without padding,
 those that follow each other and are equal only once; a step is one row of one token per slot. Both are the packed rows
 of `attention.py`, so any model that can be trained on those can be decoded so: `decodes` tries it once per model.
 """
@@ -12,7 +12,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -22,6 +22,7 @@ from torch.nn import functional
 from sparring.attention import Layout, Rule, States, Tree, packed, scores, unwrapped
 from sparring.logps import batches, packs, pass_tokens
 from sparring.packed import head
+from sparring.play.native import kernel
 from sparring.play.padded import Choose, Prompts, Row
 from sparring.progress import OnRows, silent
 
@@ -170,7 +171,7 @@ class Slots:
         self._position[targets], self._grows[targets] = self._position[sources], 1
 
     def _read(self, prompts: list[Sequence[int]], slots: list[list[int]]) -> Tensor:
-        tree = Tree(prompts, [[] for _ in prompts], self.device)
+        tree = Tree(prompts, [[] for _ in prompts], self.device, fill=True)
         hidden = self._forward(tree.ids, tree.positions, _Reading(self._store, tree, prompts, slots, self.device))
         sizes = torch.tensor([len(p) for p in prompts], device=self.device)
         copies = torch.tensor([len(own) for own in slots], device=self.device)
@@ -187,31 +188,36 @@ class Slots:
 
 
 class _Store:
-    """Keys and values, [slots · room, key heads, D] for each layer."""
+    """Keys and values, [slots, key heads, room, D] for each layer."""
 
     def __init__(self, slots: int, room: int) -> None:
         self.slots, self.room = slots, room
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def put(self, layer: int, places: Tensor, key: Tensor, value: Tensor) -> None:
-        if layer not in self._layers:
+    def layer(self, number: int, states: States) -> tuple[Tensor, Tensor]:
+        """A layer's, for keys and values like these."""
+        if number not in self._layers:
             # Zeros, as attention multiplies what it does not see by zero, which is no help against NaN
-            keys, values = (x.new_zeros(self.slots * self.room, *x.shape[1:]) for x in (key, value))
-            self._layers[layer] = keys, values
-        for store, new in zip(self._layers[layer], (key, value), strict=True):
-            store.index_copy_(0, places, new)
+            keys, values = (
+                x.new_zeros(self.slots, x.shape[1], self.room, x.shape[2]) for x in (states.key, states.value)
+            )
+            self._layers[number] = keys, values
+        return self._layers[number]
 
-    def get(self, layer: int, slots: int, length: int) -> tuple[Tensor, Tensor]:
-        """[slots, key heads, length, D] each."""
-        keys, values = (
-            x.view(self.slots, self.room, *x.shape[1:])[:slots, :length].transpose(1, 2) for x in self._layers[layer]
-        )
-        return keys, values
+    def places(self, slots: Tensor, positions: Tensor, heads: int) -> Tensor:
+        """[N · heads] where the numbers of the tokens at these positions of these slots are, head by head."""
+        head = torch.arange(heads, device=slots.device)
+        return ((slots[:, None] * heads + head) * self.room + positions[:, None]).flatten()
 
     def move(self, sources: Tensor, targets: Tensor) -> None:
         for x in (x for pair in self._layers.values() for x in pair):
-            rows = x.view(self.slots, self.room, *x.shape[1:])
-            rows.index_copy_(0, targets, rows.index_select(0, sources))
+            x.index_copy_(0, targets, x.index_select(0, sources))
+
+
+def _put(store: tuple[Tensor, Tensor], places: Tensor, key: Tensor, value: Tensor) -> None:
+    """Write keys and values [N, key heads, D] to where `_Store.places` says."""
+    for x, new in zip(store, (key, value), strict=True):
+        x.view(-1, x.shape[-1]).index_copy_(0, places, new.flatten(0, 1))
 
 
 class _Reading:
@@ -222,22 +228,39 @@ class _Reading:
     ) -> None:
         self._store, self._tree = store, tree
         rows: list[int] = []
-        places: list[int] = []
+        taken: list[int] = []
+        positions: list[int] = []
         at = 0
         for prompt, own in zip(prompts, slots, strict=True):
             for slot in own:
                 rows += range(at, at + len(prompt))
-                places += range(slot * store.room, slot * store.room + len(prompt))
+                taken += [slot] * len(prompt)
+                positions += range(len(prompt))
             at += len(prompt)
-        self._rows, self._places = (torch.tensor(x, device=device) for x in (rows, places))
-        self._copied = len(rows) > at
+        self._rows, self._slots, self._positions = (torch.tensor(x, device=device) for x in (rows, taken, positions))
+        self._copied = len(rows) != tree.ids.shape[1]
+        self._places: dict[int, Tensor] = {}
 
     def attend(self, layer: int, states: States, rule: Rule) -> Tensor:
         key, value = states.key, states.value
         if self._copied:
             key, value = (x.index_select(0, self._rows) for x in (key, value))
-        self._store.put(layer, self._places, key, value)
+        heads = key.shape[1]
+        if heads not in self._places:
+            self._places[heads] = self._store.places(self._slots, self._positions, heads)
+        _put(self._store.layer(layer, states), self._places[heads], key, value)
         return self._tree.attend(layer, states, rule)
+
+
+class _Seen(NamedTuple):
+    """Which keys the tokens of a step may see."""
+
+    rule: Rule
+    """Kept, as a rule that is gone may leave its id to another."""
+    bias: Tensor
+    """[N, 1, L], 0 or −inf."""
+    span: tuple[Tensor, Tensor] | None
+    """From and to, [N], where every token sees itself and those up to it from somewhere on."""
 
 
 class _Step:
@@ -245,32 +268,41 @@ class _Step:
 
     def __init__(self, store: _Store, position: Tensor, longest: int) -> None:
         self._store, self._position, self._longest = store, position, longest
-        self._places = torch.arange(len(position), device=position.device) * store.room + position
-        self._biases: dict[int, tuple[Rule, Tensor]] = {}
+        self._places: dict[int, Tensor] = {}
+        self._rules: dict[int, _Seen] = {}
 
     def attend(self, layer: int, states: States, rule: Rule) -> Tensor:
-        query, count = states.query, len(self._position)
-        self._store.put(layer, self._places, states.key, states.value)
-        keys, values = self._store.get(layer, count, self._longest)
-        bias = self._bias(rule, query.dtype)
+        query, key, value = states.query, states.key, states.value
+        (count, heads, width), groups = query.shape, key.shape[1]
+        store, seen = self._store.layer(layer, states), self._seen(rule, query.dtype)
+        if query.device.type == "cpu" and states.softcap is None and value.shape[-1] == width and seen.span:
+            in_c = kernel(query.dtype, groups, heads // groups, width)
+            if in_c is not None:
+                new = query.contiguous(), key.contiguous(), value.contiguous()
+                return in_c(*new, *store, *seen.span, states.scale)
+        if groups not in self._places:
+            slots = torch.arange(count, device=query.device)
+            self._places[groups] = self._store.places(slots, self._position, groups)
+        _put(store, self._places[groups], key, value)
+        keys, values = (x[:count, :, : self._longest] for x in store)
         if states.softcap is not None:
-            return scores(query[:, :, None], keys, values, bias, states.scale, states.softcap)[:, :, 0]
+            return scores(query[:, :, None], keys, values, seen.bias, states.scale, states.softcap)[:, :, 0]
         # Query heads that share a key head go in as its queries: keys are not copied
-        folded = query.view(count, keys.shape[1], -1, query.shape[-1])
+        folded = query.view(count, groups, -1, width)
         mixed = functional.scaled_dot_product_attention(
-            folded, keys, values, attn_mask=bias[:, None], scale=states.scale
+            folded, keys, values, attn_mask=seen.bias[:, None], scale=states.scale
         )
-        return mixed.reshape(count, query.shape[1], -1)
+        return mixed.reshape(count, heads, -1)
 
-    def _bias(self, rule: Rule, dtype: torch.dtype) -> Tensor:
-        """[N, 1, L] 0 where a token may see a key and −inf elsewhere."""
-        if id(rule) not in self._biases:
-            zero = self._position.new_zeros(())
-            key = torch.arange(self._longest, device=self._position.device)
-            seen = rule(zero, zero, self._position[:, None], key)
+    def _seen(self, rule: Rule, dtype: torch.dtype) -> _Seen:
+        if id(rule) not in self._rules:
+            zero, place = self._position.new_zeros(()), torch.arange(self._longest, device=self._position.device)
+            seen = rule(zero, zero, self._position[:, None], place).expand(len(self._position), -1)
+            first, end = seen.to(torch.uint8).argmax(-1), self._position + 1
+            together = seen == ((place >= first[:, None]) & (place < end[:, None]))
             bias = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
-            self._biases[id(rule)] = rule, bias[:, None]
-        return self._biases[id(rule)][1]
+            self._rules[id(rule)] = _Seen(rule, bias[:, None], (first, end) if together.all() else None)
+        return self._rules[id(rule)]
 
 
 def decodes(model: nn.Module) -> bool:
