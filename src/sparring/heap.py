@@ -1,0 +1,23 @@
+"""Memory that is freed stays with the process, on a CPU: a training step takes the same blocks again and again."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
+"""Of glibc's mallopt(3)."""
+
+
+@cache
+def keep() -> None:
+    """Have glibc keep freed blocks of any size until two gigabytes lie free at the end of the heap; nothing elsewhere.
+
+    By default it gives blocks of more than 32 MB back to the system, which clears them page by page when they are taken
+    anew: 15 percent of a step with compiled layers.
+    """
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "gnu_get_libc_version"):
+        return
+    for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**26)):
+        libc.mallopt(option, value)
