@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparring.attention import Rule, States, Tree, _Unpad, scores
+from sparring.attention import Rule, States
 from sparring.batching import Tile, extents, tiles
+from sparring.tiles import scores
+from sparring.tree import Tree, _Unpad
 
 CPU = torch.device("cpu")
 RULES: dict[str, Rule] = {
@@ -90,7 +92,7 @@ def test_tiles_are_one_product_over_whole_rows(
     rule: str, groups: int, width: int, last: int, kept: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Output and gradients in float64, to 1e-13; two or four key heads for four heads."""
-    monkeypatch.setattr("sparring.attention.MOST_SCORES", kept)
+    monkeypatch.setattr("sparring.tree.MOST_SCORES", kept)
     for seed, lengths in enumerate(([1, 3, 9, 40], [150, 100, 20])):
         made = tree([*drawn(seed, lengths), [140, 1]])
         given = states(made, 4, groups, width, last, torch.float64)
@@ -121,7 +123,7 @@ def test_weights_made_again_have_the_bits_of_those_kept(monkeypatch: pytest.Monk
     made = tree([[32, 120, 118], [150, 40, 60]])
     given = states(made, 4, 2, 16, 16, torch.float32)
     kept = attended(made, given, RULES["causal"], 0.25, whole=False)  # type: ignore[arg-type]
-    monkeypatch.setattr("sparring.attention.MOST_SCORES", 0)
+    monkeypatch.setattr("sparring.tree.MOST_SCORES", 0)
     again = attended(made, given, RULES["causal"], 0.25, whole=False)  # type: ignore[arg-type]
     assert all(torch.equal(a, b) for a, b in zip(kept, again, strict=True))
 

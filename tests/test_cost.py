@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from helpers import cli, recipe, write_recipe
-from sparring import attention, batching, cost, methods
+from sparring import batching, cost, methods, tree
 from sparring.config import ModelConfig, TrainConfig
 from sparring.cost import KNOWN, Hardware, Shape, Texts, memory, shape_of, texts, work
 from sparring.cost.hardware import DEVICES, Rates, parse
@@ -116,7 +116,7 @@ def test_an_adapter_has_the_weights_that_peft_makes() -> None:
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_operations_are_those_that_torch_counts(tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (attention, batching):
+    for module in (tree, batching):
         monkeypatch.setattr(module, "filler", lambda count: 0)  # which a plan does not count
     from torch.utils.flop_counter import FlopCounterMode
 

@@ -13,7 +13,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from sparring import attention, batching, packed
+from sparring import batching, packed, tree
 from sparring.config import ModelConfig
 from sparring.gradient import Setting, gradient
 from sparring.logps import packed_token_logps, packs, plain_token_logps, score, token_logps, use_plain
@@ -183,7 +183,7 @@ def test_few_sizes_occur_and_a_sixteenth_is_added_at_most() -> None:
 def test_what_fills_a_row_up_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model = made(*FAST["grouped heads"])
     filled = value_and_gradient(model, packed_token_logps)
-    for module in (attention, batching):
+    for module in (tree, batching):
         monkeypatch.setattr(module, "filler", lambda count: 0)
     for a, b in zip(filled, value_and_gradient(model, packed_token_logps), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
@@ -218,8 +218,8 @@ def test_tiles_of_long_rows_give_the_plain_paths_values_and_gradients(
     name: str, block: int, kept: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows are long from one token on; attention weights are kept, or made again; no completion is seen by another."""
-    monkeypatch.setattr("sparring.attention.SHORT", 0)
-    monkeypatch.setattr("sparring.attention.MOST_SCORES", kept)
+    monkeypatch.setattr("sparring.tree.SHORT", 0)
+    monkeypatch.setattr("sparring.tree.MOST_SCORES", kept)
     monkeypatch.setattr("sparring.batching.BLOCK", block)
     monkeypatch.setattr("sparring.batching._WASTE", 20)
     model = made(*FAST[name])

@@ -7,7 +7,9 @@ The task is the demo's with three steps instead of two (it has too few problems 
 model is the demo's, untrained: its answers end by chance. Every size is one run: a process makes its data stage and
 a round of a few prompts (`api.run`), then every stage of a round on all prompts is done by a process of its own
 (`api.fork`, `api.run_stage`), whose ru_maxrss is that stage's peak memory, Python, torch and the model included.
-Seconds are those that the run records for the stage. Training takes `--steps` steps, whatever the size.
+Seconds are those that the run records for the stage, what a process does once (imports, loading the model) included;
+`ms_per_further_prompt` leaves that out: it is what prompts beyond those of the first size took, a prompt. Training takes `--steps` steps,
+whatever the size.
 """
 
 from __future__ import annotations
@@ -93,8 +95,14 @@ def main() -> None:
     if given.child:
         print(json.dumps(work(json.loads(given.child))))
         return
+    first: dict[str, Any] = {}
     for n in given.sizes:
-        record.emit(measure(n, given.steps), given.out)
+        row = measure(n, given.steps)
+        first = first or row
+        for name, stage in row["stages"].items() if n > first["prompts"] else ():
+            seconds = stage["seconds"] - first["stages"][name]["seconds"]
+            stage["ms_per_further_prompt"] = round(1000 * seconds / (n - first["prompts"]), 4)
+        record.emit(row, given.out)
 
 
 if __name__ == "__main__":

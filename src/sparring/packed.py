@@ -16,8 +16,9 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from sparring import batching
-from sparring.attention import Tree, packed, unwrapped
+from sparring.attention import packed, unwrapped
 from sparring.batching import PIECE_LOGITS as _PIECE
+from sparring.tree import Tree
 
 _BLOCK = 2**17
 

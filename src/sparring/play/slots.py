@@ -19,12 +19,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sparring.attention import Layout, Rule, States, Tree, packed, scores, unwrapped
+from sparring.attention import Layout, Rule, States, packed, unwrapped
 from sparring.logps import batches, packs, pass_tokens
 from sparring.packed import head
 from sparring.play.native import kernel
 from sparring.play.padded import Choose, Prompts, Row
 from sparring.progress import OnRows, silent
+from sparring.tiles import scores
+from sparring.tree import Tree
 
 log = logging.getLogger("sparring")
 
