@@ -23,10 +23,7 @@ THREADS = int(os.environ.get("OMP_NUM_THREADS", "2"))
 
 
 def quiet() -> None:
-    """Two threads for torch, or OMP_NUM_THREADS, in this process and its children; no network, progress bars or warnings.
-
-    Freed memory is kept, as sparring does in its runs; whoever else is timed in the process gains by it too.
-    """
+    """Two threads for torch, or OMP_NUM_THREADS, in this process and its children; no network, progress bars or warnings."""
     os.environ |= {
         "OMP_NUM_THREADS": str(THREADS),
         "HF_HUB_OFFLINE": "1",
@@ -41,11 +38,8 @@ def quiet() -> None:
 
     import torch
 
-    from sparring import heap
-
     warnings.filterwarnings("ignore")
     torch.set_num_threads(THREADS)
-    heap.keep()
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -137,6 +131,49 @@ def child(script: str, task: Mapping[str, Any]) -> dict[str, Any]:
     if done.returncode:
         return {"error": f"exit {done.returncode}: {(done.stderr.strip().splitlines() or [''])[-1][:200]}"}
     return dict(json.loads(done.stdout.strip().splitlines()[-1]))
+
+
+class Peer:
+    """The other side of a comparison, in a process of its own that is idle while it is not asked.
+
+    What one side does to its process, such as keeping memory that it frees, is then not the other's.
+    """
+
+    def __init__(self, command: Sequence[str], **environment: str | None) -> None:
+        """`environment` is what it has beside this process's own, or without where None."""
+        kept = {name: value for name, value in os.environ.items() if name not in environment}
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+            env=kept | {name: value for name, value in environment.items() if value is not None},
+        )  # fmt: skip
+
+    def ask(self, task: Any = None) -> dict[str, Any]:
+        """Have it do its work once; returns what it tells, of which `seconds` comes first."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(json.dumps(task) + "\n")
+        self._process.stdin.flush()
+        for line in self._process.stdout:
+            if line.startswith('{"seconds"'):
+                return dict(json.loads(line))
+        raise SystemExit(f"the other side ended with {self._process.wait()}: run {self._process.args!r}")
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+
+def task() -> Any:
+    """What a `Peer` is asked at first."""
+    return json.loads(sys.stdin.readline())
+
+
+def serve(work: Callable[[], Mapping[str, Any]]) -> None:
+    """The life of a `Peer` that has had its task: do the work and tell of it, at once and whenever it is asked again."""
+    while True:
+        print(json.dumps(work()), flush=True)
+        if not sys.stdin.readline():
+            return
 
 
 def first_to_die() -> None:

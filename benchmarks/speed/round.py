@@ -7,7 +7,7 @@ sparring: `api.run` on an ordinary recipe (bf16 compute, one round, no held-out 
 evaluation), from reading the model and the JSONL file to the saved next player, with everything that a run writes. The
 other side: reading model and tokenizer, `generate` (bf16 weights, sdpa, left-padded, prompts sorted by length, the
 fastest of three batch sizes), the construction of DPOTrainer with its reference log-probs, training as in `train.py`,
-and saving the model. Imports are done before; both sides have 2 threads.
+and saving the model. Imports are done before; each side has a process of its own, and 2 threads.
 
 Both sides do the same work. A model with random weights does not end its answers by itself: the model's generation
 configuration lists as many end tokens as make answers geometric with a mean of 1000 (short/long), 40 (long/short) or
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import gc
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -39,6 +40,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 from sparring import api  # noqa: E402
 from sparring.config import TrainConfig  # noqa: E402
+from sparring.rundir.view import RunView  # noqa: E402
 from sparring.types import Group, Sample  # noqa: E402
 
 SIZES = (32, 64, 128)
@@ -63,30 +65,51 @@ def load(folder: Path, dtype: torch.dtype) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
 
 
-def usual(
-    folder: Path, groups: Sequence[Group], lengths: Sequence[int], batch_size: int, choice: theirs.Choice, given: Any
-) -> tuple[dict[str, float], Any]:
-    """Seconds of each part of the usual pipeline, and the trained model."""
-    marks = [time.perf_counter()]
-    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-    player = load(folder / "model", torch.bfloat16)
-    marks.append(time.perf_counter())
-    theirs.generate(player, [g.prompt for g in groups], lengths, batch_size)
-    marks.append(time.perf_counter())
-    learner = load(folder / "model", torch.float32)
-    learner.set_attn_implementation(choice.attention)
-    made = theirs.trainer(learner, tokenizer, groups, settings(given), micro=choice.micro, bf16=True, beta=BETA)
-    marks.append(time.perf_counter())
-    made.train()
-    marks.append(time.perf_counter())
-    made.save_model(str(folder / "theirs"))
-    marks.append(time.perf_counter())
-    spent = [end - begin for begin, end in pairwise(marks)]
-    return dict(zip(("load", "play", "frozen", "train", "save"), spent, strict=True)), learner
-
-
 def settings(given: Any) -> TrainConfig:
     return TrainConfig(lr=given.lr, schedule="constant", warmup=0, epochs=given.epochs, batch_size=given.batch)
+
+
+def usual(given: Any) -> None:
+    """The usual pipeline, in a process of its own: seconds of each part, and the loss that the trained model ends with."""
+    told = record.task()
+    folder, groups, lengths = Path(told["folder"]), played(Path(told["folder"])), told["lengths"]
+    start = load(folder / "model", torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    choice = theirs.choose(start, tokenizer, groups, settings(given), bf16=True, beta=BETA)
+    prompts = [g.prompt for g in groups]
+    player = load(folder / "model", torch.bfloat16)
+    size, sizes = theirs.fastest_batch(lambda size: theirs.generate(player, prompts, lengths, size), SIZES)
+
+    def work() -> dict[str, Any]:
+        gc.collect()
+        marks = [time.perf_counter()]
+        tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+        player = load(folder / "model", torch.bfloat16)
+        marks.append(time.perf_counter())
+        theirs.generate(player, prompts, lengths, size)
+        marks.append(time.perf_counter())
+        learner = load(folder / "model", torch.float32)
+        learner.set_attn_implementation(choice.attention)
+        made = theirs.trainer(learner, tokenizer, groups, settings(given), micro=choice.micro, bf16=True, beta=BETA)
+        marks.append(time.perf_counter())
+        made.train()
+        marks.append(time.perf_counter())
+        made.save_model(str(folder / "theirs"))
+        marks.append(time.perf_counter())
+        spent = [end - begin for begin, end in pairwise(marks)]
+        return {
+            "seconds": marks[-1] - marks[0],
+            "stages": dict(zip(("load", "play", "frozen", "train", "save"), spent, strict=True)),
+            "end_loss": end_loss(learner, start, groups),
+            "choice": {"generate_batch_size": size, "generate_trials": sizes} | choice.row(),
+        }
+
+    record.serve(work)
+
+
+def played(folder: Path) -> list[Group]:
+    """The pairs that a run made."""
+    return list(RunView(folder / "run").rounds[0].rows("groups", Group))
 
 
 def compare(name: str, shape: str, given: Any, folder: Path) -> dict[str, Any]:
@@ -94,9 +117,8 @@ def compare(name: str, shape: str, given: Any, folder: Path) -> dict[str, Any]:
     vocabulary = shapes.MODELS[name]["vocab_size"]
     shapes.save(name, folder / "model", shapes.stop_ids(shape, vocabulary))
     shapes.write_jsonl(shapes.pairs(shape, given.pairs, vocabulary), folder / "data.jsonl")
-    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     stages: dict[str, list[dict[str, float]]] = {"sparring": [], "usual": []}
-    trained: dict[str, Any] = {}
+    trained = folder
 
     def run() -> Any:
         shutil.rmtree(folder / "run", ignore_errors=True)
@@ -104,37 +126,34 @@ def compare(name: str, shape: str, given: Any, folder: Path) -> dict[str, Any]:
         return api.run(recipe(folder, folder / "run", given))
 
     view = run()
-    groups = list(view.rounds[0].rows("groups", Group))
+    groups = played(folder)
     length = {tuple(s.tokens): len(s.tokens) for s in view.rounds[0].rows("samples", Sample)}
     lengths = [length[g.completions[1]] for g in groups]
     if len(groups) != given.pairs or [t for g in groups for t in g.targets] != [1.0, 0.0] * given.pairs:
         raise AssertionError("every prompt should have made one pair, its gold answer first")
+    peer = record.Peer([sys.executable, *sys.argv, "--child", "usual"])
+    told = peer.ask({"folder": str(folder), "lengths": lengths})
 
     def ours() -> float:
+        nonlocal trained
         seconds, view = record.clock(run)
         parts = {STAGES[k]: v for k, v in view.rounds[0].seconds.items() if k in STAGES}
         stages["sparring"].append({**parts, "rest": seconds - sum(parts.values())})
         if [g.sha for g in view.rounds[0].rows("groups", Group)] != [g.sha for g in groups]:
             raise AssertionError("a repeat played other answers")
-        trained["sparring"] = Path(view.players[1].path)
+        trained = Path(view.players[1].path)
         return seconds
-
-    start = load(folder / "model", torch.float32)
-    choice = theirs.choose(start, tokenizer, groups, settings(given), bf16=True, beta=BETA)
-    player = load(folder / "model", torch.bfloat16)
-    prompts = [g.prompt for g in groups]
-    size, sizes = theirs.fastest_batch(lambda size: theirs.generate(player, prompts, lengths, size), SIZES)
 
     def other() -> float:
-        gc.collect()
-        seconds, (parts, learner) = record.clock(lambda: usual(folder, groups, lengths, size, choice, given))
-        stages["usual"].append(parts)
-        trained["usual"] = learner
-        return seconds
+        nonlocal told
+        told = peer.ask()
+        stages["usual"].append(told["stages"])
+        return float(told["seconds"])
 
     seconds = record.interleaved(ours, other, given.repeats)
-    trained["sparring"] = load(trained["sparring"], torch.float32)
-    ends = {side: end_loss(model, start, groups) for side, model in trained.items()}
+    peer.close()
+    start, learner = load(folder / "model", torch.float32), load(trained, torch.float32)
+    ends = {"sparring": end_loss(learner, start, groups), "usual": told["end_loss"]}
     return {
         "benchmark": "round",
         "model": name,
@@ -147,9 +166,7 @@ def compare(name: str, shape: str, given: Any, folder: Path) -> dict[str, Any]:
         "epochs": given.epochs,
         "batch": given.batch,
         "sparring": record.spread(seconds[0]) | {"stages": medians(stages["sparring"])},
-        "usual": record.spread(seconds[1])
-        | {"stages": medians(stages["usual"]), "generate_batch_size": size, "generate_trials": sizes}
-        | choice.row(),
+        "usual": record.spread(seconds[1]) | {"stages": medians(stages["usual"])} | told["choice"],
         "ratio": record.faster(*seconds),
         "end_loss": ends,
         "tolerance": TOLERANCE["bfloat16"],
@@ -164,6 +181,9 @@ def medians(rows: Sequence[dict[str, float]]) -> dict[str, float]:
 
 def main() -> None:
     given = parsed(record.parser(__doc__))
+    if given.child:
+        usual(given)
+        return
     for name in given.models:
         for shape in given.shapes:
             with tempfile.TemporaryDirectory(prefix="round_") as folder:

@@ -8,7 +8,7 @@ ends an answer, so that answers are geometric and cut at 256. sparring samples f
 stopping criterion, as many tokens for every prompt as sparring did (`theirs.py`), so that both make the same number. It
 has sdpa attention and left-padded prompts sorted by length. Both sides have the fastest of the batch sizes given, tried
 once each before the clock starts. bfloat16: sparring computes under autocast or as it sees fit over float32 weights; `generate`
-has bfloat16 weights. `--continuous` times `generate_batch` once as well, with the same end tokens and not the same
+has bfloat16 weights. What the process frees it keeps (`sparring.heap`), for both. `--continuous` times `generate_batch` once as well, with the same end tokens and not the same
 lengths; where it fails its error is recorded. `--vllm PYTHON`, the Python of an environment with vllm, takes its engine in
 place of `generate`: its start and a first pass over all prompts are outside the clock.
 """
@@ -17,9 +17,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import json
-import os
-import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -35,6 +32,7 @@ import theirs  # noqa: E402
 import torch  # noqa: E402
 from transformers import GenerationConfig  # noqa: E402
 
+from sparring import heap  # noqa: E402
 from sparring.play.hf import Answer, key, sample  # noqa: E402
 
 EQUAL = 128
@@ -53,37 +51,17 @@ def continuous(model: Any, prompts: Sequence[list[int]], stops: list[int], most:
     return {"tokens": made, "tokens_per_second": round(made / seconds, 1)} if made else {"error": "it made no tokens"}
 
 
-class Served:
-    """vLLM in a process of its own (`served.py`), idle while it is not asked."""
-
-    def __init__(self, python: str, task: dict[str, Any]) -> None:
-        threads = {"OMP_NUM_THREADS": str(record.THREADS), "VLLM_CPU_OMP_THREADS_BIND": f"0-{record.THREADS - 1}"}
-        own = {
-            "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
-            "VLLM_CPU_KVCACHE_SPACE": "2",
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        }
-        kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        self._process = subprocess.Popen(
-            [python, str(Path(__file__).with_name("served.py"))], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL, text=True, env=kept | threads | own,
-        )  # fmt: skip
-        self.first = self.answered(task)
-
-    def answered(self, task: Any = None) -> dict[str, Any]:
-        """What it says after it has answered all prompts once."""
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(json.dumps(task) + "\n")
-        self._process.stdin.flush()
-        for line in self._process.stdout:
-            if line.startswith('{"seconds"'):
-                return dict(json.loads(line))
-        raise SystemExit(f"vllm ended with {self._process.wait()}: run {' '.join(map(str, self._process.args))}")  # type: ignore[arg-type]
-
-    def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
+def served(python: str) -> record.Peer:
+    """vLLM, to which `served.py` is the way."""
+    return record.Peer(
+        [python, str(Path(__file__).with_name("served.py"))],
+        PYTHONPATH=None,
+        OMP_NUM_THREADS=str(record.THREADS),
+        VLLM_CPU_OMP_THREADS_BIND=f"0-{record.THREADS - 1}",
+        VLLM_CPU_NUM_OF_RESERVED_CPU="0",
+        VLLM_CPU_KVCACHE_SPACE="2",
+        VLLM_ENABLE_V1_MULTIPROCESSING="0",
+    )
 
 
 def compare(name: str, kind: str, dtype: str, given: Any) -> dict[str, Any]:
@@ -121,10 +99,11 @@ def compare(name: str, kind: str, dtype: str, given: Any) -> dict[str, Any]:
         with tempfile.TemporaryDirectory(prefix="vllm_") as folder:
             shapes.save(name, Path(folder))
             task = {"folder": folder, "dtype": dtype, "prompts": prompts, "lengths": lengths}
-            served = Served(given.vllm, task)
-            seconds = sides(lambda: float(served.answered()["seconds"]))
-            served.close()
-        against, told = "vllm", {"start": served.first["start"], "versions": served.first["versions"]}
+            peer = served(given.vllm)
+            first = peer.ask(task)
+            seconds = sides(lambda: float(peer.ask()["seconds"]))
+            peer.close()
+        against, told = "vllm", {"start": first["start"], "versions": first["versions"]}
     else:
         size, sizes = theirs.fastest_batch(
             lambda size: theirs.generate(other, prompts, lengths, size), given.batch_sizes
@@ -166,6 +145,7 @@ def main() -> None:
     options.add_argument("--continuous", action="store_true", help="time generate_batch too")
     options.add_argument("--repeats", type=int, default=5)
     given = options.parse_args()
+    heap.keep()
     for name in given.models:
         for kind in given.lengths:
             for dtype in given.dtypes:

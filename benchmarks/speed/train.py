@@ -6,7 +6,7 @@
 
 TRL runs in its best settings: bf16 autocast over float32 weights (as sparring), no checkpointing, reference log-probs
 precomputed before the clock starts (so are sparring's frozen ones), the fastest of sdpa and eager attention and of
-per-device batch sizes 1, 2 and 4 in a trial of one optimizer step. Its collator right-pads. sparring runs in its
+per-device batch sizes 1, 2 and 4 in a trial of one optimizer step. Its collator right-pads. It has a process of its own. sparring runs in its
 defaults for trainings of five minutes or more, with compiled layers, for which compiling (`compiling`: at first, and later
 from the cache) is done before the clock starts; `--compile never` is what it does in shorter ones. Both: RMSprop (α 0.99, ε 1e-8), constant rate, gradient norm cut at 1, β 0.1, logistic loss.
 
@@ -21,7 +21,9 @@ import argparse
 import contextlib
 import copy
 import gc
+import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import record
@@ -32,7 +34,7 @@ import shapes  # noqa: E402
 import theirs  # noqa: E402
 import torch  # noqa: E402
 
-from sparring import compiled  # noqa: E402
+from sparring import compiled, heap  # noqa: E402
 from sparring.config import TrainConfig  # noqa: E402
 from sparring.gradient import Setting, gradient  # noqa: E402
 from sparring.logps import score  # noqa: E402
@@ -79,17 +81,50 @@ def end_loss(model: Any, start: Any, groups: Sequence[Group]) -> float:
     return float(torch.nn.functional.softplus(-BETA * (margins(model) - margins(start))).mean())
 
 
-def compare(name: str, shape: str, given: Any) -> dict[str, Any]:
-    """One line: a model and a shape."""
-    start, compute = shapes.model(name), getattr(torch, given.dtype)
-    words = shapes.tokenizer(start.config.vocab_size)
+@dataclass(frozen=True)
+class World:
+    """What both sides start from."""
+
+    start: Any
+    groups: list[Group]
+    settings: TrainConfig
+    compute: torch.dtype
+
+
+def world(name: str, shape: str, given: Any) -> World:
+    start = shapes.model(name)
     groups = [shapes.group(pair) for pair in shapes.pairs(shape, given.pairs, start.config.vocab_size)]
     settings = TrainConfig(lr=given.lr, schedule="constant", warmup=0, epochs=given.epochs, batch_size=given.batch)
-    frozen = {"reference": [Frozen(g.sha, "reference", "start", line) for g, line in zip(groups, logps(start, groups, compute), strict=True)]}  # fmt: skip
-    method, bf16 = make("spin", {"beta": BETA}), given.dtype == "bfloat16"
-    learners: dict[str, Any] = {}
-    logged: dict[str, list[float]] = {}
+    return World(start, groups, settings, getattr(torch, given.dtype))
 
+
+def usual(given: Any) -> None:
+    """TRL's side, in a process of its own."""
+    name, shape = record.task()
+    own = world(name, shape, given)
+    words, bf16 = shapes.tokenizer(own.start.config.vocab_size), given.dtype == "bfloat16"
+    choice = theirs.choose(own.start, words, own.groups, own.settings, bf16=bf16, beta=BETA)
+
+    def work() -> dict[str, Any]:
+        gc.collect()
+        learner = copy.deepcopy(own.start)
+        learner.set_attn_implementation(choice.attention)
+        made = theirs.trainer(learner, words, own.groups, own.settings, micro=choice.micro, bf16=bf16, beta=BETA)
+        seconds, _ = record.clock(made.train)
+        end = end_loss(learner, own.start, own.groups)
+        return {"seconds": seconds, "losses": theirs.losses(made), "end_loss": end, "choice": choice.row()}
+
+    record.serve(work)
+
+
+def compare(name: str, shape: str, given: Any) -> dict[str, Any]:
+    """One line: a model and a shape."""
+    own = world(name, shape, given)
+    start, groups, compute = own.start, own.groups, own.compute
+    frozen = {"reference": [Frozen(g.sha, "reference", "start", line) for g, line in zip(groups, logps(start, groups, compute), strict=True)]}  # fmt: skip
+    method = make("spin", {"beta": BETA})
+    learners: list[Any] = []
+    logged: list[float] = []
     compiling: list[float] = []
 
     def once(learner: Any, held: Mapping[str, Sequence[Frozen]]) -> None:
@@ -105,26 +140,25 @@ def compare(name: str, shape: str, given: Any) -> dict[str, Any]:
                 first = {role: rows[: given.batch] for role, rows in held.items()}
                 compiling.append(record.clock(lambda: compiled.begin(stack, learner, lambda: once(learner, first)))[0])
             seconds, _ = record.clock(
-                lambda: train(learner, part, held, method, settings, states, seed=0, setting=Setting(compute))
+                lambda: train(learner, part, held, method, own.settings, states, seed=0, setting=Setting(compute))
             )
-        learners["sparring"], logged["sparring"] = learner, states.losses
+        learners[:], logged[:] = [learner], states.losses
         return seconds
 
-    choice = theirs.choose(start, words, groups, settings, bf16=bf16, beta=BETA)
+    heap.keep()
+    peer = record.Peer([sys.executable, *sys.argv, "--child", "usual"])
+    told = peer.ask([name, shape])
 
     def trl() -> float:
-        gc.collect()
-        learner = copy.deepcopy(start)
-        learner.set_attn_implementation(choice.attention)
-        made = theirs.trainer(learner, words, groups, settings, micro=choice.micro, bf16=bf16, beta=BETA)
-        seconds, _ = record.clock(made.train)
-        learners["trl"], logged["trl"] = learner, theirs.losses(made)
-        return seconds
+        nonlocal told
+        told = peer.ask()
+        return float(told["seconds"])
 
     ours(groups[: given.batch])
     seconds = record.interleaved(ours, trl, given.repeats)
-    ends = {side: end_loss(learner, start, groups) for side, learner in learners.items()}
-    gap = max(abs(a - b) for a, b in zip(logged["sparring"], logged["trl"], strict=True))
+    peer.close()
+    ends = {"sparring": end_loss(learners[0], start, groups), "trl": told["end_loss"]}
+    gap = max(abs(a - b) for a, b in zip(logged, told["losses"], strict=True))
     far = max(gap, abs(ends["sparring"] - ends["trl"]))
     return {
         "benchmark": "train",
@@ -135,12 +169,12 @@ def compare(name: str, shape: str, given: Any) -> dict[str, Any]:
         "tokens": sum(len(g.prompt) + len(c) for g in groups for c in g.completions),
         "epochs": given.epochs,
         "batch": given.batch,
-        "steps": len(logged["trl"]),
+        "steps": len(logged),
         "dtype": given.dtype,
         "sparring": record.spread(seconds[0]) | {"compiling": [round(x, 1) for x in compiling]},
-        "trl": record.spread(seconds[1]) | choice.row(),
+        "trl": record.spread(seconds[1]) | told["choice"],
         "ratio": record.faster(*seconds),
-        "step_losses": logged,
+        "step_losses": {"sparring": logged, "trl": told["losses"]},
         "step_loss_gap": gap,
         "end_loss": ends,
         "tolerance": TOLERANCE[given.dtype],
@@ -168,6 +202,9 @@ def main() -> None:
     options.add_argument("--dtype", default="bfloat16", choices=list(TOLERANCE))
     options.add_argument("--compile", default="always", choices=["always", "never"])
     given = parsed(options)
+    if given.child:
+        usual(given)
+        return
     for name in given.models:
         for shape in given.shapes:
             record.emit(compare(name, shape, given), given.out)
