@@ -40,11 +40,14 @@ def measure(config: Config, shape: Shape, given: Texts, hardware: Hardware) -> R
     """What one device of this machine reaches with a recipe. Raises InputError where `hardware` is not this machine's."""
     import torch
 
+    from sparring import heap
     from sparring.players import device_of
 
     device = device_of(config.model.model_copy(update={"device": "cuda" if hardware.device.cuda else "cpu"}))
     if isinstance(config.model.threads, int):
         torch.set_num_threads(config.model.threads)
+    if device.type == "cpu":
+        heap.keep()
     bf16 = uses_bf16(config, hardware)
     layers = max(1, min(shape.layers, int((_MOST_WEIGHTS - 2 * shape.head) / shape.layer)))
     small = Shape(**{**vars(shape), "layers": layers})

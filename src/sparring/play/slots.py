@@ -1,8 +1,9 @@
 """Decoding in slots: a row that ends gives its place to the next prompt, whatever the others are at.
 
-Keys and values of every slot lie in one store per layer that is made once; on CPUs `native.py` attends to them. Prompts are read in one row without padding,
-those that follow each other and are equal only once; a step is one row of one token per slot. Both are the packed rows
-of `attention.py`, so any model that can be trained on those can be decoded so: `decodes` tries it once per model.
+Keys and values of every slot lie in one store per layer that is made once; on CPUs `native.py` attends to them. Prompts
+are read in one row without padding, those that follow each other and are equal only once; a step is one row of one token
+per slot. Both are the packed rows of `attention.py`, so any model that can be trained on those can be decoded so:
+`decodes` tries it once per model.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -254,57 +255,70 @@ class _Reading:
         return self._tree.attend(layer, states, rule)
 
 
-class _Seen(NamedTuple):
-    """Which keys the tokens of a step may see."""
-
-    rule: Rule
-    """Kept, as a rule that is gone may leave its id to another."""
-    bias: Tensor
-    """[N, 1, L], 0 or −inf."""
-    span: tuple[Tensor, Tensor] | None
-    """From and to, [N], where every token sees itself and those up to it from somewhere on."""
-
-
 class _Step:
     """The layout of one token per slot."""
 
     def __init__(self, store: _Store, position: Tensor, longest: int) -> None:
         self._store, self._position, self._longest = store, position, longest
         self._places: dict[int, Tensor] = {}
-        self._rules: dict[int, _Seen] = {}
+        # By a rule's id, which stays its own as long as it is kept here
+        self._spans: dict[int, tuple[Rule, tuple[Tensor, Tensor] | None]] = {}
+        self._biases: dict[int, tuple[Rule, Tensor]] = {}
 
     def attend(self, layer: int, states: States, rule: Rule) -> Tensor:
+        store = self._store.layer(layer, states)
+        mixed = self._in_c(store, states, rule)
+        return self._in_torch(store, states, rule) if mixed is None else mixed
+
+    def _in_c(self, store: tuple[Tensor, Tensor], states: States, rule: Rule) -> Tensor | None:
+        """Attention of a CPU's kernel, which stores the new keys and values; None where there is none for this."""
         query, key, value = states.query, states.key, states.value
-        (count, heads, width), groups = query.shape, key.shape[1]
-        store, seen = self._store.layer(layer, states), self._seen(rule, query.dtype)
-        if query.device.type == "cpu" and states.softcap is None and value.shape[-1] == width and seen.span:
-            in_c = kernel(query.dtype, groups, heads // groups, width)
-            if in_c is not None:
-                new = query.contiguous(), key.contiguous(), value.contiguous()
-                return in_c(*new, *store, *seen.span, states.scale)
+        (_, heads, width), groups = query.shape, key.shape[1]
+        if query.device.type != "cpu" or states.softcap is not None or value.shape[-1] != width:
+            return None
+        in_c, span = kernel(query.dtype, groups, heads // groups, width), self._span(rule)
+        if in_c is None or span is None:
+            return None
+        return in_c(query.contiguous(), key.contiguous(), value.contiguous(), *store, *span, states.scale)
+
+    def _in_torch(self, store: tuple[Tensor, Tensor], states: States, rule: Rule) -> Tensor:
+        query, groups = states.query, states.key.shape[1]
+        count, heads, width = query.shape
         if groups not in self._places:
             slots = torch.arange(count, device=query.device)
             self._places[groups] = self._store.places(slots, self._position, groups)
-        _put(store, self._places[groups], key, value)
+        _put(store, self._places[groups], states.key, states.value)
         keys, values = (x[:count, :, : self._longest] for x in store)
+        bias = self._bias(rule, query.dtype)
         if states.softcap is not None:
-            return scores(query[:, :, None], keys, values, seen.bias, states.scale, states.softcap)[:, :, 0]
+            return scores(query[:, :, None], keys, values, bias, states.scale, states.softcap)[:, :, 0]
         # Query heads that share a key head go in as its queries: keys are not copied
-        folded = query.view(count, groups, -1, width)
         mixed = functional.scaled_dot_product_attention(
-            folded, keys, values, attn_mask=seen.bias[:, None], scale=states.scale
+            query.view(count, groups, -1, width), keys, values, attn_mask=bias[:, None], scale=states.scale
         )
         return mixed.reshape(count, heads, -1)
 
-    def _seen(self, rule: Rule, dtype: torch.dtype) -> _Seen:
-        if id(rule) not in self._rules:
-            zero, place = self._position.new_zeros(()), torch.arange(self._longest, device=self._position.device)
-            seen = rule(zero, zero, self._position[:, None], place).expand(len(self._position), -1)
+    def _sees(self, rule: Rule) -> Tensor:
+        """[N, L] True where a token may see a key."""
+        zero, place = self._position.new_zeros(()), torch.arange(self._longest, device=self._position.device)
+        return rule(zero, zero, self._position[:, None], place).expand(len(self._position), -1)
+
+    def _span(self, rule: Rule) -> tuple[Tensor, Tensor] | None:
+        """From and to, [N], of the keys that each token sees; None where they are not those up to its own, from somewhere on."""
+        if id(rule) not in self._spans:
+            seen, place = self._sees(rule), torch.arange(self._longest)
             first, end = seen.to(torch.uint8).argmax(-1), self._position + 1
-            together = seen == ((place >= first[:, None]) & (place < end[:, None]))
+            together = torch.equal(seen, (place >= first[:, None]) & (place < end[:, None]))
+            self._spans[id(rule)] = rule, (first, end) if together else None
+        return self._spans[id(rule)][1]
+
+    def _bias(self, rule: Rule, dtype: torch.dtype) -> Tensor:
+        """[N, 1, L] 0 where a token may see a key and −inf elsewhere."""
+        if id(rule) not in self._biases:
+            seen = self._sees(rule)
             bias = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
-            self._rules[id(rule)] = _Seen(rule, bias[:, None], (first, end) if together.all() else None)
-        return self._rules[id(rule)]
+            self._biases[id(rule)] = rule, bias[:, None]
+        return self._biases[id(rule)][1]
 
 
 def decodes(model: nn.Module) -> bool:
