@@ -8,7 +8,7 @@ ends an answer, so that answers are geometric and cut at 256. sparring samples f
 stopping criterion, as many tokens for every prompt as sparring did (`theirs.py`), so that both make the same number. It
 has sdpa attention and left-padded prompts sorted by length. Both sides have the fastest of the batch sizes given, tried
 once each before the clock starts. bfloat16: sparring computes under autocast or as it sees fit over float32 weights; `generate`
-has bfloat16 weights. What the process frees it keeps (`sparring.heap`), for both. `--continuous` times `generate_batch` once as well, with the same end tokens and not the same
+has bfloat16 weights. What the process frees it keeps (`sparring.heap`), for both, as a run does from its first training on. `--continuous` times `generate_batch` once as well, with the same end tokens and not the same
 lengths; where it fails its error is recorded. `--vllm PYTHON`, the Python of an environment with vllm, takes its engine in
 place of `generate`: its start and a first pass over all prompts are outside the clock.
 """

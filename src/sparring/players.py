@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparring import adapters, heap, lowbit, threads
+from sparring import adapters, lowbit, threads
 from sparring.adapters import Base
 from sparring.config import ModelConfig
 from sparring.errors import InputError
@@ -152,7 +152,7 @@ def load_model(path: str, config: ModelConfig) -> nn.Module:
 
     An adapter comes merged into its base, in that precision: a whole model of its own; where the base was quantised, into
     what that computes with. With `quantize` the linear layers are then held in 4 bits. Sets torch's number of threads
-    where the configuration names one; on a CPU the process keeps memory that it frees. Raises InputError where the files cannot be loaded, or where an adapter's base is
+    where the configuration names one. Raises InputError where the files cannot be loaded, or where an adapter's base is
     not what it was.
     """
     if is_adapter(path):
@@ -174,8 +174,6 @@ def load_model(path: str, config: ModelConfig) -> nn.Module:
     logging.disable_progress_bar()
     if isinstance(config.threads, int):
         threads.use(config.threads)
-    if device_of(config).type == "cpu":
-        heap.keep()
     extra = {"attn_implementation": config.attention} if config.attention else {}
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(

@@ -46,8 +46,6 @@ def measure(config: Config, shape: Shape, given: Texts, hardware: Hardware) -> R
     device = device_of(config.model.model_copy(update={"device": "cuda" if hardware.device.cuda else "cpu"}))
     if isinstance(config.model.threads, int):
         torch.set_num_threads(config.model.threads)
-    if device.type == "cpu":
-        heap.keep()
     bf16 = uses_bf16(config, hardware)
     layers = max(1, min(shape.layers, int((_MOST_WEIGHTS - 2 * shape.head) / shape.layer)))
     small = Shape(**{**vars(shape), "layers": layers})
@@ -60,9 +58,6 @@ def measure(config: Config, shape: Shape, given: Texts, hardware: Hardware) -> R
         items[: settings.train.batch_size], settings.train.micro_batch, settings.train.micro_tokens
     )
     micro = batch[len(batch) // 2]
-    learned = work.learning(machine, [work.rows(micro)], coupled=False, companions=0).flops / bench.learn(micro)
-    optimizer = settings.train.optimizer
-    updated = work.update(machine, optimizer).moved / bench.update(optimizer)
     passes = work.scored(micro, 4 * settings.train.micro_batch, where.most_tokens)
     scored = work.scoring(machine, [work.rows(part) for part in passes]).flops / bench.score(micro)
     width = max(4, min(settings.play.batch_size, 32))
@@ -70,6 +65,11 @@ def measure(config: Config, shape: Shape, given: Texts, hardware: Hardware) -> R
     wide, narrow = bench.step(width, prompt), bench.step(width // 4, prompt)
     row = max((wide - narrow) / (width - width // 4), wide / width / 100)
     fixed = max(wide - row * width, wide / 100)
+    if device.type == "cpu":
+        heap.keep()  # as training does, and nothing before it
+    learned = work.learning(machine, [work.rows(micro)], coupled=False, companions=0).flops / bench.learn(micro)
+    optimizer = settings.train.optimizer
+    updated = work.update(machine, optimizer).moved / bench.update(optimizer)
     own = 2 * (machine.matrices + small.head) + 4 * small.queries * small.layers * (prompt + _STEPS)
     disk = _disk(Path(config.run))
     return Rates(learned, scored, own / row, machine.read / fixed, updated, 0.0, disk, measured=True)

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparring import controls, players
+from sparring import controls, heap, players
 from sparring.batching import batches
 from sparring.card import model_card
 from sparring.errors import InputError, SparringError
@@ -123,6 +123,8 @@ def player(shop: Workshop, folder: Path, *, r: RoundPlan) -> Counts:
     from sparring.rundir.shards import ShardedStates
     from sparring.train import train, trained_parameters
 
+    if players.device_of(shop.config.model).type == "cpu":
+        heap.keep()
     stored = Rows(shop.run.path / r.folder / "groups", Group)
     scored = {role: Rows(shop.run.path / r.folder / "frozen" / role, Frozen) for role in r.frozen}
     if shop.first:
