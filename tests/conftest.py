@@ -7,10 +7,13 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Tests compare folders with what they were: methods and verifiers in them are imported, here and in child processes
+os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
 # `CUDA_VISIBLE_DEVICES=0 pytest -m gpu` runs the tests that need one.
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 import socket
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ import torch
 from helpers import recipe, rows, write_jsonl, write_model
 
 torch.set_num_threads(1)
+sys.dont_write_bytecode = True
 
 
 @pytest.fixture(autouse=True)

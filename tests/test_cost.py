@@ -174,7 +174,7 @@ def test_a_layer_keeps_what_autograd_saves(
 
     Rows are short, or long ones in tiles, whose attention weights are kept or not.
     """
-    for module in ("sparring.attention", "sparring.cost.memory"):
+    for module in ("sparring.tree", "sparring.cost.memory"):
         monkeypatch.setattr(f"{module}.SHORT", short)
         monkeypatch.setattr(f"{module}.MOST_SCORES", weights)
     two, three = (saved(replace(TINY, layers=n), compute, rank) for n in (2, 3))
