@@ -489,9 +489,16 @@ def test_frozen_weights_are_cast_once_and_stay_frozen(llama: Any) -> None:
     assert not any(p.requires_grad for p in model.parameters())
 
 
-@pytest.mark.parametrize("compute", [torch.bfloat16, torch.float16])
-def test_halved_layers_multiply_as_autocast_does(llama: Any, compute: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("compute", "mkldnn"), [(torch.bfloat16, True), (torch.bfloat16, False), (torch.float16, True)]
+)
+def test_halved_layers_multiply_as_autocast_does(
+    llama: Any, compute: torch.dtype, mkldnn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Products of 16 bits with sums of 32 on both sides: apart by the order of sums, and gone again after an error."""
+    if not mkldnn:  # as torch is for a Mac
+        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+        monkeypatch.delattr(torch.ops, "mkldnn", raising=False)
     ids = torch.tensor([RAGGED[0]])
     with torch.no_grad(), torch.autocast("cpu", compute):
         wanted = llama(input_ids=ids).logits

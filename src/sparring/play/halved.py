@@ -44,7 +44,13 @@ def _multiplied(layer: nn.Linear, compute: torch.dtype) -> Callable[[Tensor], Te
     """
     weight, bias = (None if x is None else x.detach().to(compute) for x in (layer.weight, layer.bias))
     assert weight is not None
-    if compute == torch.bfloat16 and weight.device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if compute == torch.bfloat16 and weight.device.type == "cpu" and _multiplies_bfloat16():
         laid_out, product = torch.ops.mkldnn._reorder_linear_weight(weight), torch.ops.mkldnn._linear_pointwise
         return lambda x: product(x.to(compute), laid_out, bias, "none", [], "")  # type: ignore[no-any-return]
     return lambda x: functional.linear(x.to(compute), weight, bias)
+
+
+def _multiplies_bfloat16() -> bool:
+    """Whether torch was built with the library that has such products, which on a Mac it is not, and the CPU has them."""
+    built: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return built and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
