@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sparring import native as building
 from sparring.play import native
 
 SIZES = [(1, 1, 8), (2, 2, 8), (2, 3, 16), (1, 8, 64), (4, 1, 72), (2, 2, 128), (8, 1, 64), (1, 17, 8)]
@@ -104,13 +105,13 @@ ONE = (torch.float32, 1, 2, 8)
 def test_it_is_compiled_once_for_its_sizes(fresh: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert fresh(*ONE) is not None and fresh(torch.bfloat16, 1, 2, 8) is not None
     assert len(list((tmp_path / "sparring").iterdir())) == 2
-    monkeypatch.setattr(native, "_compile", lambda *_: pytest.fail("compiled again"))
+    monkeypatch.setattr(building, "_compile", lambda *_: pytest.fail("compiled again"))
     assert fresh(*ONE) is not None
 
 
 def test_another_machine_compiles_its_own(fresh: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fresh(*ONE)
-    monkeypatch.setattr(native, "_machine", lambda: b"another")
+    monkeypatch.setattr(building, "_machine", lambda: b"another")
     fresh(*ONE)
     assert len(list((tmp_path / "sparring").iterdir())) == 2
 
@@ -139,15 +140,15 @@ def test_no_compiler_one_that_fails_and_wrong_code_are_told(
         caplog.clear()
         return record.getMessage()
 
-    flags = native._FLAGS
-    monkeypatch.setattr(native, "_FLAGS", (*flags, "-Dexponential(x)=0.5f"))
+    flags = building._FLAGS
+    monkeypatch.setattr(building, "_FLAGS", (*flags, "-Dexponential(x)=0.5f"))
     assert "attention in C cannot be had, decoding takes longer: " in said()
     with monkeypatch.context() as patch:
         wrapped = native._wrapped
-        patch.setattr(native, "_FLAGS", flags)
+        patch.setattr(building, "_FLAGS", flags)
         patch.setattr(native, "_wrapped", lambda made: lambda *given: wrapped(made)(*given) + 2e-4)
         assert said().endswith("its results are off by 0.0002")
-    monkeypatch.setattr(native, "_FLAGS", (*flags, "--no-such-flag"))
+    monkeypatch.setattr(building, "_FLAGS", (*flags, "--no-such-flag"))
     assert "no-such-flag" in said()
     monkeypatch.setenv("CC", "no_such_compiler")
     assert said().endswith("there is no C compiler `no_such_compiler`")

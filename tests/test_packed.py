@@ -13,7 +13,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from sparring import batching, packed, tree
+from sparring import batching, packed, spans, tree
 from sparring.config import ModelConfig
 from sparring.gradient import Setting, gradient
 from sparring.logps import packed_token_logps, packs, plain_token_logps, score, token_logps, use_plain
@@ -119,13 +119,22 @@ def value_and_gradient(model: Any, path: Any, upstream: Tensor | None = None) ->
 
 
 @pytest.mark.parametrize("name", FAST)
-def test_the_fast_path_gives_the_plain_paths_values_and_gradients(name: str) -> None:
-    """Relative 1e-5 in float32, for prompts of 1 to 30 tokens and groups of up to three."""
+@pytest.mark.parametrize("in_c", [False, True])
+def test_the_fast_path_gives_the_plain_paths_values_and_gradients(
+    name: str, in_c: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Relative 1e-5 in float32, for prompts of 1 to 30 tokens and groups of up to three; attention in C or by torch."""
     model = made(*FAST[name])
+    calls: list[int] = []
+    attend = spans.attend
+    monkeypatch.setattr(spans, "attend", lambda *given: (calls.append(1), attend(*given))[1])
+    if not in_c:
+        monkeypatch.setattr(spans, "kernel", lambda *_: None)
     assert packs(model)
     plain, plain_grad = value_and_gradient(model, plain_token_logps)
     fast, fast_grad = value_and_gradient(model, packed_token_logps)
     assert fast.shape == plain.shape == (8, 40)
+    assert bool(calls) == (in_c and name not in ("soft caps", "latent attention"))
     assert ((fast - plain).abs() / (1 + plain.abs())).max() < 1e-5
     assert (fast_grad - plain_grad).norm() < 1e-5 * plain_grad.norm()
 
@@ -218,6 +227,7 @@ def test_tiles_of_long_rows_give_the_plain_paths_values_and_gradients(
     name: str, block: int, kept: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows are long from one token on; attention weights are kept, or made again; no completion is seen by another."""
+    monkeypatch.setattr(spans, "kernel", lambda *_: None)
     monkeypatch.setattr("sparring.tree.SHORT", 0)
     monkeypatch.setattr("sparring.tree.MOST_SCORES", kept)
     monkeypatch.setattr("sparring.batching.BLOCK", block)

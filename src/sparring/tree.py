@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from sparring import spans
 from sparring.attention import Rule, States
 from sparring.batching import MOST_SCORES, SHORT, Tile, filler, rounded, tiles
 from sparring.tiles import Seen, Tiles, Whole, scores
@@ -35,38 +37,27 @@ class Tree:
         With `fill` the row is as long as other rows of about as many tokens (`batching.filler`).
         """
         ids: list[int] = []
-        positions: list[int] = []
-        keep: list[int] = []
         segments: list[list[int]] = []
         for prompt, own in zip(prompts, completions, strict=True):
-            end = len(ids) + len(prompt) - 1
             ids += prompt
-            positions += range(len(prompt))
-            segments.append([len(prompt)])
             for completion in own:
-                at = len(ids)
-                keep += [end, *range(at, at + len(completion) - 1)]
                 ids += completion[:-1]
-                positions += range(len(prompt), len(prompt) + len(completion) - 1)
-                segments[-1].append(len(completion) - 1)
+            segments.append([len(prompt), *(len(completion) - 1 for completion in own)])
         if more := fill * filler(len(ids)):
             # A row that nothing is asked of: none sees it, so that it gets no gradient
             ids += ids[:1] * more
-            positions += [0] * more
             segments.append([more])
         self._segments = segments
-        sizes = [sum(own) for own in segments]
-        self.rows, self.width = len(sizes), max(sizes)
-        place = [b * self.width + i for b, size in enumerate(sizes) for i in range(size)]
-        segment = [[j for j, n in enumerate(own) for _ in range(n)] for own in segments]
+        self._rows = spans.rows(segments)
         self.ids = torch.tensor([ids], device=device)
         """[1, N]"""
-        self.positions = torch.tensor([positions], device=device)
-        self.keep = torch.tensor(keep, device=device)
+        positions = self._rows.positions()
+        positions[len(ids) - more :] = 0
+        self.positions = positions[None].to(device)
+        self.keep = self._rows.predicting(torch.tensor([j > 0 for own in segments for j in range(len(own))])).to(device)
         """Where in the row each completion token is predicted, in order."""
-        self._place = torch.tensor(place, device=device)
-        self._segment = self._table(torch.tensor([j for own in segment for j in own], device=device), fill=-1)
-        self._position = self._table(self.positions[0], fill=0)
+        # By a rule's id, which stays its own as long as it is kept here
+        self._spans: dict[int, tuple[Rule, spans.Seen | None]] = {}
         self._masks: dict[int, tuple[Rule, Tensor]] = {}
         self._biases: dict[tuple[int, torch.dtype], Tensor] = {}
         self._seen: dict[tuple[int, torch.dtype], tuple[Rule, list[Seen]]] = {}
@@ -76,9 +67,12 @@ class Tree:
     def attend(self, layer: int, states: States, rule: Rule) -> Tensor:
         self.asked = True
         heads, scale = states.query.shape[1], states.scale
+        if (mixed := self._in_c(states, rule)) is not None:
+            return mixed
         learns = torch.is_grad_enabled() and states.query.requires_grad and states.query.device.type == "cpu"
-        few = heads * self.rows * self.width**2 <= MOST_SCORES
-        if learns and states.softcap is None and not (few and self.width <= SHORT):
+        rows, width = self._sizes
+        few = heads * rows * width**2 <= MOST_SCORES
+        if learns and states.softcap is None and not (few and width <= SHORT):
             seen = self._tiles(rule, states.query.dtype)
             keep = heads * sum(math.prod(s.shape(1)) for s in seen) <= MOST_SCORES
             return Tiles.apply(states.query, states.key, states.value, seen, scale, keep)  # type: ignore[no-any-return, no-untyped-call]
@@ -95,6 +89,20 @@ class Tree:
                 query, key, value, attn_mask=self._mask(rule)[:, None], scale=scale
             )
         return _Unpad.apply(mixed.transpose(1, 2), self._place)  # type: ignore[no-any-return, no-untyped-call]
+
+    def _in_c(self, states: States, rule: Rule) -> Tensor | None:
+        """Attention of a CPU's kernel; None where there is none for this."""
+        query, key, value = states.query, states.key, states.value
+        (_, heads, width), groups = query.shape, key.shape[1]
+        if query.device.type != "cpu" or states.softcap is not None or value.shape[-1] != width:
+            return None
+        made = spans.kernel(query.dtype, groups, heads // groups, width)
+        if made is None:
+            return None
+        if id(rule) not in self._spans:
+            self._spans[id(rule)] = rule, spans.seen(self._rows, self.positions[0], rule)
+        seen = self._spans[id(rule)][1]
+        return None if seen is None else spans.attend(made, query, key, value, seen, states.scale)
 
     def _mask(self, rule: Rule) -> Tensor:
         """[B, L, L] True where a query may see a key; padding sees its row's first token, so that no row is empty."""
@@ -150,13 +158,38 @@ class Tree:
         moved = Tile(first + tile.start, first + tile.end, tile.prompt, first + tile.rest)
         return Seen(moved, first, bias[:, None], keys)
 
+    @cached_property
+    def _sizes(self) -> tuple[int, int]:
+        """Rows, and the longest's tokens."""
+        sizes = [sum(own) for own in self._segments]
+        return len(sizes), max(sizes)
+
+    @cached_property
+    def _place(self) -> Tensor:
+        """Where each token is in a table [rows, width]."""
+        _, width = self._sizes
+        place = [b * width + i for b, own in enumerate(self._segments) for i in range(sum(own))]
+        return torch.tensor(place, device=self.ids.device)
+
+    @cached_property
+    def _segment(self) -> Tensor:
+        """[rows, width] 0 for tokens of prompts, 1 and on for completions, −1 for padding."""
+        segment = [j for own in self._segments for j, n in enumerate(own) for _ in range(n)]
+        return self._table(torch.tensor(segment, device=self.ids.device), fill=-1)
+
+    @cached_property
+    def _position(self) -> Tensor:
+        """[rows, width]"""
+        return self._table(self.positions[0], fill=0)
+
     def _table(self, values: Tensor, fill: int) -> Tensor:
-        table = values.new_full((self.rows * self.width,), fill)
+        rows, width = self._sizes
+        table = values.new_full((rows * width,), fill)
         table[self._place] = values
-        return table.view(self.rows, self.width)
+        return table.view(rows, width)
 
     def _padded(self, states: Tensor) -> Tensor:
-        return _Pad.apply(states, self._place, self.rows, self.width).transpose(1, 2)  # type: ignore[no-any-return, no-untyped-call]
+        return _Pad.apply(states, self._place, *self._sizes).transpose(1, 2)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _Pad(torch.autograd.Function):

@@ -1,0 +1,71 @@
+"""The package's C files, compiled for a model's sizes when they are first needed, and kept in the user's cache.
+
+Each of them does what torch does too, in less time: where there is no compiler, what calls them goes on with torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+
+_FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+_NEEDS = {"x86_64": ("-mprefer-vector-width=512",)}
+
+
+def library(name: str, sizes: Mapping[str, int]) -> ctypes.CDLL:
+    """What a C file of the package makes of these sizes, from the user's cache where such a machine compiled it before.
+
+    Raises OSError or SubprocessError, with a line that says why, where it cannot be had.
+    """
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    if compiler is None:
+        raise OSError(f"there is no C compiler `{os.environ.get('CC', 'cc')}`")
+    source = files("sparring").joinpath(name).read_bytes()
+    defined = [f"-D{key}={value}" for key, value in sizes.items()]
+    command = [compiler, *_FLAGS, *_NEEDS.get(platform.machine(), ()), *defined]
+    parts = (source, repr(command).encode(), _machine(), subprocess.check_output([compiler, "--version"]))
+    file = _cache() / f"{hashlib.sha256(b'-'.join(parts)).hexdigest()[:24]}.so"
+    with contextlib.suppress(OSError):  # a home that cannot be written to, or a file that was cut off
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            _compile(command, source, file)
+        return ctypes.CDLL(str(file))
+    with tempfile.TemporaryDirectory(prefix="sparring_") as folder:  # what is loaded outlives its file
+        _compile(command, source, Path(folder) / file.name)
+        return ctypes.CDLL(f"{folder}/{file.name}")
+
+
+def _compile(command: Sequence[str], source: bytes, file: Path) -> None:
+    """Raises SubprocessError with the first line that the compiler says."""
+    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+        made = Path(folder) / file.name
+        done = subprocess.run(
+            [*command, "-xc", "-", "-o", str(made), "-lm"], input=source, capture_output=True, check=False
+        )
+        if done.returncode:
+            said = done.stderr.decode(errors="replace").strip().splitlines() or [f"it ended with {done.returncode}"]
+            raise subprocess.SubprocessError(f"{command[0]}: {said[0]}")
+        made.replace(file)
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparring"
+
+
+def _machine() -> bytes:
+    """The CPU's kind and instructions: a home can be shared by machines that differ in them."""
+    try:
+        lines = Path("/proc/cpuinfo").read_bytes().splitlines()
+    except OSError:
+        lines = []
+    told = next((line for line in lines if line.lower().startswith((b"flags", b"features"))), b"")
+    return platform.machine().encode() + told
