@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparring.attention import Rule, States
-from sparring.batching import Tile, extents, tiles
+from sparring.batching import Tile, rounded, tiles
 from sparring.tiles import scores
 from sparring.tree import Tree, _Unpad
 
@@ -70,8 +70,7 @@ def test_tiles_by_hand() -> None:
         1,
         2,
     ]  # 96 · 96 / 80 = 115.2
-    assert extents([[50, 340, 10]], half=True) == [(224, 224), (192, 416)]
-    assert extents([[50, 40], [1]], half=False) == [(96, 96), (16, 16)]
+    assert [rounded(n, half=half) for n in (1, 33, 208) for half in (False, True)] == [16, 32, 48, 64, 208, 224]
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -135,5 +134,6 @@ def test_weights_made_again_have_the_bits_of_those_kept(monkeypatch: pytest.Monk
 
 def test_what_is_kept_grows_with_completions_not_with_their_square() -> None:
     """Eight completions of 250 tokens make eight times what one makes, but for their tiles' padding; all made is 34."""
-    one, eight = (sum(q * k for q, k in extents([[30, *[250] * n]], half=False)) for n in (1, 8))
+    found = (tiles([30, *[250] * n], half=False, forward=True) for n in (1, 8))
+    one, eight = (sum((t.end - t.start) * t.keys for t in every) for every in found)
     assert eight < 9 * one < 34 * one

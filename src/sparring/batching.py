@@ -87,12 +87,6 @@ def rounded(size: int, *, half: bool) -> int:
     return -(-size // step) * step
 
 
-def extents(rows: Sequence[Sequence[int]], *, half: bool) -> list[tuple[int, int]]:
-    """Queries and keys, padding included, of the tiles of rows of such segments."""
-    made = [tile for segments in rows for tile in tiles(segments, half=half, forward=True)]
-    return [(rounded(t.end - t.start, half=half), rounded(t.keys, half=half)) for t in made]
-
-
 def batches(tokens: Sequence[int], rows: Sequence[int], most_rows: int, most_tokens: int) -> list[range]:
     """Consecutive items in as few batches as have no more rows and tokens than allowed, but one item at least.
 

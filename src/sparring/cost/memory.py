@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from sparring.batching import MOST_SCORES, PIECE_LOGITS, SHORT, extents, most_tokens, whole_logits
+from sparring.batching import PIECE_LOGITS, most_tokens, whole_logits
 from sparring.cost.shapes import Shape
 
 Pieces = Mapping[str, float]
@@ -41,8 +41,6 @@ class Pass:
     """Of all rows, prompts once."""
     scored: int
     """Completion tokens, for which the vocabulary is projected."""
-    segments: tuple[tuple[int, ...], ...] = ()
-    """Of every row its prompt and completions; where they are not said, all rows are one sequence of the longest."""
 
     @property
     def padded(self) -> int:
@@ -120,9 +118,10 @@ def kept(shape: Shape, where: Where, rows: Pass) -> float:
     """Bytes that one layer keeps for the backward pass.
 
     Two norms keep their input, it normalised for the gradient of their weight, and in float32 their output; attention
-    its queries, keys, values and, where they are not too many, weights (or, fused, padded queries, repeated keys and
-    values and its output) and the output before o_proj; the MLP its gate, silu(gate), up and their product. In bfloat16 the norms stay float32 and keep no
+    its queries, keys, values, output and two numbers a head (on a GPU padded queries, repeated keys and values and the
+    output twice); the MLP its gate, silu(gate), up and their product. In bfloat16 the norms stay float32 and keep no
     output, but each of five linear layers keeps its own cast of it. An adapter keeps what lies between its two factors.
+    On a CPU attention is taken to be in C, so that neither weights nor masks are there.
     """
     h, q, k, inner, size = shape.hidden, shape.queries, shape.keys, shape.inner, where.size
     inputs, scaled = 2 * FLOAT * h, 2 * FLOAT * h * (not where.lora_rank)
@@ -130,28 +129,19 @@ def kept(shape: Shape, where: Where, rows: Pass) -> float:
     if where.cuda:
         attention = rows.padded * (size * 4 * q + FLOAT * shape.heads)
     else:
-        weights, _, places = _weighed(shape, where, rows)
-        attention = size * (places * (q + 2 * k) + weights)
+        attention = rows.tokens * (size * (q + 2 * k) + 2 * FLOAT * shape.heads)
     return rows.tokens * (norms + size * (q + 4 * inner + 7 * where.lora_rank)) + attention
 
 
-def _weighed(shape: Shape, where: Where, rows: Pass) -> tuple[int, int, int]:
-    """Attention weights that a layer keeps on CPU, those that it makes at a time, and tokens with their padding."""
-    whole = rows.padded * rows.longest * shape.heads
-    if rows.longest <= SHORT and whole <= MOST_SCORES:
-        return whole, whole, rows.padded
-    parts = extents(rows.segments or ((rows.longest,),) * rows.rows, half=where.bf16)
-    made = shape.heads * sum(queries * keys for queries, keys in parts)
-    widest = shape.heads * max(queries * keys for queries, keys in parts)
-    return made * (made <= MOST_SCORES), widest, rows.tokens + max(max(part) for part in parts)
-
-
 def passing(shape: Shape, where: Where, rows: Pass) -> float:
-    """Bytes of the widest moment within a layer that keeps nothing: its MLP, or its attention with the mask."""
+    """Bytes of the widest moment within a layer that keeps nothing: its MLP, or its attention, with a mask on a GPU."""
     h, q, k, size = shape.hidden, shape.queries, shape.keys, where.size
     mlp = rows.tokens * (2 * FLOAT * h + size * 3 * shape.inner)
-    mask = rows.padded * rows.longest * (1 + size)
-    attention = rows.tokens * (2 * FLOAT * h + FLOAT * (q + 2 * k)) + rows.padded * size * (4 * q + 2 * k) + mask
+    attention = rows.tokens * (2 * FLOAT * h + FLOAT * (q + 2 * k))
+    if where.cuda:
+        attention += rows.padded * size * (4 * q + 2 * k) + rows.padded * rows.longest * (1 + size)
+    else:
+        attention += rows.tokens * size * (2 * q + 2 * k)
     return max(mlp, attention)
 
 
@@ -236,8 +226,7 @@ def training(
         whole = shape.layers * FLOAT * shape.hidden * most.tokens + kept(shape, where, most)
     last = FLOAT * 3 * shape.hidden * most.tokens
     wide = logits(shape, where, most, learns=True) + (0 if where.lora_rank else FLOAT * shape.head / n)
-    at_a_time = 0 if where.cuda else _weighed(shape, where, most)[1]
-    within = 3 * where.size * (shape.inner * most.tokens + 0.5 * at_a_time)
+    within = 3 * where.size * shape.inner * most.tokens
     learning = {"activations": whole + last, "logits": max(wide, within)}
     learning |= {"gradients": gradients} if accumulates else {}
     update = {"optimizer": state, "gradients": gradients, "casts": 0.0, "gathered": 0.0}
