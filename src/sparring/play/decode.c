@@ -10,7 +10,9 @@
 
 #define BLOCK 32
 #define LANES (WIDTH % 16 ? 8 : 16)
-#define PARTS (WIDTH / LANES)
+#define PARTS ((WIDTH + LANES - 1) / LANES)
+/* Heads that a thread takes together: two that write to one line of the cache would wait for each other. */
+#define TAKEN (WIDTH * sizeof(number) % 64 ? GROUPS : 1)
 #define EACH(i, n) _Pragma("GCC unroll 16") for (int i = 0; i < (n); i++)
 
 typedef float lanes __attribute__((vector_size(4 * LANES)));
@@ -21,11 +23,7 @@ typedef uint16_t number;
 typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
 typedef uint32_t bits __attribute__((vector_size(4 * LANES)));
 
-static inline lanes load(const number *from) {
-    halves x;
-    memcpy(&x, from, sizeof x);
-    return (lanes)(__builtin_convertvector(x, bits) << 16);
-}
+static inline lanes widen(halves x) { return (lanes)(__builtin_convertvector(x, bits) << 16); }
 
 static inline number narrow(float x) {
     uint32_t word;
@@ -35,15 +33,20 @@ static inline number narrow(float x) {
 }
 #else
 typedef float number;
+typedef lanes halves;
 
-static inline lanes load(const number *from) {
-    lanes x;
-    memcpy(&x, from, sizeof x);
-    return x;
-}
+static inline lanes widen(lanes x) { return x; }
 
 static inline number narrow(float x) { return x; }
 #endif
+
+/* The numbers from LANES · part on, zeros behind the last. */
+static inline __attribute__((always_inline)) lanes load(const number *from, int part) {
+    int left = WIDTH - part * LANES;
+    halves x = {0};
+    memcpy(&x, from + part * LANES, (left < LANES ? left : LANES) * sizeof *from);
+    return widen(x);
+}
 
 /* Of an x that is not positive, good to two units in the last place: libm's is a call for each number. */
 static inline float exponential(float x) {
@@ -79,7 +82,7 @@ static inline void fetch(const number *from) {
    end[row] − 1; keys, values [rows, GROUPS, room, WIDTH], of which a row sees those from first[row] to end[row]. */
 void decode(const number *query, const number *key, const number *value, number *keys, number *values, number *out,
             const int64_t *first, const int64_t *end, int64_t rows, int64_t room, float scale) {
-#pragma omp parallel for schedule(dynamic, 1)
+#pragma omp parallel for schedule(dynamic, TAKEN)
     for (int64_t item = 0; item < rows * GROUPS; item++) {
         int64_t start = first[item / GROUPS], stop = end[item / GROUPS];
         number *k = keys + item * room * WIDTH, *v = values + item * room * WIDTH;
@@ -90,7 +93,7 @@ void decode(const number *query, const number *key, const number *value, number 
         EACH(h, SHARED) {
             top[h] = -INFINITY, sum[h] = 0;
             EACH(i, PARTS) {
-                q[h][i] = load(query + (item * SHARED + h) * WIDTH + i * LANES) * scale;
+                q[h][i] = load(query + (item * SHARED + h) * WIDTH, i) * scale;
                 mixed[h][i] = (lanes){0};
             }
         }
@@ -101,7 +104,7 @@ void decode(const number *query, const number *key, const number *value, number 
                 EACH(h, SHARED) dot[h] = (lanes){0};
                 fetch(v + (from + t) * WIDTH);
                 EACH(i, PARTS) {
-                    lanes x = load(k + (from + t) * WIDTH + i * LANES);
+                    lanes x = load(k + (from + t) * WIDTH, i);
                     EACH(h, SHARED) dot[h] += q[h][i] * x;
                 }
                 EACH(h, SHARED) weight[h][t] = total(dot[h]);
@@ -124,7 +127,7 @@ void decode(const number *query, const number *key, const number *value, number 
             for (int t = 0; t < size; t++) {
                 if (from + BLOCK + t < stop) fetch(k + (from + BLOCK + t) * WIDTH);
                 EACH(i, PARTS) {
-                    lanes x = load(v + (from + t) * WIDTH + i * LANES);
+                    lanes x = load(v + (from + t) * WIDTH, i);
                     EACH(h, SHARED) mixed[h][i] += weight[h][t] * x;
                 }
             }

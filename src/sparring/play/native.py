@@ -29,7 +29,7 @@ them a row sees (from and to, int64 [N]; the new ones go to the last place) and 
 @cache
 def kernel(dtype: torch.dtype, groups: int, shared: int, width: int) -> Kernel | None:
     """The kernel for so many key heads, query heads for each and numbers a head; None where it cannot be had."""
-    if dtype not in (torch.bfloat16, torch.float32) or width % 8:
+    if dtype not in (torch.bfloat16, torch.float32):
         return None
     sizes = {"GROUPS": groups, "SHARED": shared, "WIDTH": width} | ({"HALF": 1} if dtype == torch.bfloat16 else {})
     try:
