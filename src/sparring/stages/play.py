@@ -88,7 +88,7 @@ def play_shards(shop: Workshop, folder: Path, *, r: RoundPlan) -> int:
     split = [turn for turn in r.turns if turn.split]
     starts = range(0, len(rows), settings.chunk)
     engine = Engine(shop, settings.engine, folder) if settings.engine_kind != "hf" else None
-    graphs = _Graphs(shop, r, folder)
+    graphs = _Graphs(shop, r)
     before = 0
     jobs: list[Callable[[], list[Sample]]] = []
     sizes: list[int] = []
@@ -166,9 +166,8 @@ def _answers(
 class _Graphs:
     """Compiled decoders of those who play, one at a time, where they are wanted or were found to pay for the stage."""
 
-    def __init__(self, shop: Workshop, r: RoundPlan, folder: Path) -> None:
+    def __init__(self, shop: Workshop, r: RoundPlan) -> None:
         self._shop, self._r = shop, r
-        self._folder = folder.relative_to(shop.run.path).as_posix()
         self._stack = ExitStack()
         self._held: tuple[Turn, Graph | None] | None = None
 
@@ -202,7 +201,7 @@ class _Graphs:
         from sparring.play import graph as graphs
         from sparring.play.hf import sample
 
-        shop, settings, name = self._shop, self._r.settings.play, f"{self._folder}/{turn.role}"
+        shop, settings, name = self._shop, self._r.settings.play, f"{self._r.folder}/play/{turn.role}"
         always, file = shop.config.model.compile == "always", shop.run.path / compiled.FILE
         record = read_json(file) if file.exists() else {}
         sharing = sum(other.split for other in self._r.turns) if turn.split else 1
