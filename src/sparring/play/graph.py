@@ -199,37 +199,35 @@ def _trial(play: Play, graph: Graph | None) -> _Trial:
 def _check(graph: Graph, model: Any, compute: torch.dtype | None) -> None:
     """Compile the graph and compare it with the model on random rows. Raises Misfit."""
     try:
-        plain = _steps(model, compute, lambda slots: _noting(slots, graph.rules))
-        got = _steps(model, compute, lambda _: graph.first)
+        plain = _steps(model, compute, graph.rules)
+        got = _steps(model, compute, {}, graph.first)
     except (torch._dynamo.exc.BackendCompilerFailed, torch._dynamo.exc.InvalidBackend):
         raise
     except torch._dynamo.exc.TorchDynamoException as error:
         raise Misfit(
             f"it is no single graph: {next(iter(str(error).strip().splitlines()), type(error).__name__)}"
         ) from error
-    exact = plain if _half(compute) is None else _steps(model, None, lambda slots: slots.plain)
+    exact = plain if _half(compute) is None else _steps(model, None, {})
     apart, allowed = _apart(got, plain), max(_SLACK, _TIMES * _apart(plain, exact))
     if not apart <= allowed:
         raise Misfit(f"it would give log-probs that differ by {apart:.2g}, and {allowed:.2g} is the precision")
 
 
 @torch.no_grad()
-def _steps(model: Any, compute: torch.dtype | None, decoder: Callable[[Slots], Decoder]) -> list[Tensor]:
-    """Log-probs [N, V] after a step of many rows, and of fewer and fewer; `decoder` gives what computes them."""
+def _steps(
+    model: Any, compute: torch.dtype | None, rules: dict[int, Rule], decoder: Decoder | None = None
+) -> list[Tensor]:
+    """Log-probs [N, V] after a step of many rows, and of fewer and fewer; notes rules where the model computes them."""
     vocabulary = unwrapped(model).get_output_embeddings().weight.shape[0]
     random = torch.Generator().manual_seed(0)
     prompts = [torch.randint(vocabulary, (1 + i % 8,), generator=random).tolist() for i in range(_ROWS)]
     with autocast(torch.device("cpu"), compute), halved([model], compute), packed(model):
-        slots = Slots(model, _ROWS, 16)
-        slots.steps = decoder(slots)
+        plain = Slots(model, _ROWS, 16).plain
+        slots = Slots(model, _ROWS, 16, decoder or (lambda ids, at, layout: plain(ids, at, _Noting(layout, rules))))
         slots.fill(prompts, range(_ROWS))
         tokens = torch.randint(vocabulary, (3, _ROWS), generator=random)
         widths = (_ROWS, _ROWS // 2, 2)
         return [slots.step(t[:n], 9 + i).log_softmax(-1) for i, (t, n) in enumerate(zip(tokens, widths, strict=True))]
-
-
-def _noting(slots: Slots, rules: dict[int, Rule]) -> Decoder:
-    return lambda ids, positions, layout: slots.plain(ids, positions, _Noting(layout, rules))
 
 
 def _apart(some: Sequence[Tensor], others: Sequence[Tensor]) -> float:

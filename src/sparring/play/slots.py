@@ -134,7 +134,7 @@ class Slots:
 
     def __init__(self, model: Any, size: int, room: int, steps: Decoder | None = None) -> None:
         """`size` rows of at most `room` tokens each; `steps` decodes one more token of two rows or more."""
-        self.steps = steps or self.plain
+        self.steps = steps
         self._base = unwrapped(model)
         self._decoder = self._base.get_decoder()
         self.device = next(model.parameters()).device
@@ -165,7 +165,7 @@ class Slots:
         position = self._position[: len(tokens)]
         layout = _Step(self._store, position, min(-(-longest // _ALIGNED) * _ALIGNED, self._store.room))
         # A graph for any number of rows is none for a single one: torch takes 1 to be a number of its own
-        decoder = self.steps if len(tokens) > 1 else self.plain
+        decoder = self.plain if self.steps is None or len(tokens) == 1 else self.steps
         hidden = decoder(tokens[None], position[None], layout)
         position += self._grows[: len(tokens)]
         return head(self._base, self._decoder, hidden).float()
