@@ -287,6 +287,48 @@ def test_a_stage_goes_on_as_it_began(
 
 
 @pytest.mark.usefixtures("tried")
+def test_a_stage_that_began_without_a_graph_goes_on_without(
+    monkeypatch: pytest.MonkeyPatch, tiny_recipe: dict[str, Any], eager: Eager
+) -> None:
+    monkeypatch.setattr(compiled, "WORTH", 1e9)
+    play, calls = hf.play, list[Any]()
+
+    def stop(*given: Any, **named: Any) -> Any:
+        if "graph" in named:  # and not the guard's
+            calls.append(named["graph"])
+        if "graph" in named and len(calls) == 2:
+            raise KeyboardInterrupt
+        return play(*given, **named)
+
+    monkeypatch.setattr(hf, "play", stop)
+    with pytest.raises(KeyboardInterrupt):
+        sparring.run(tiny_recipe)
+    monkeypatch.setattr(compiled, "WORTH", -1e9)
+    run = sparring.run(tiny_recipe).path
+    assert [found["pays"] for found in record_of(run).values()] == [False, True]
+    assert [own is not None for own in calls] == [False] * 4 + [True] * 3
+
+
+def test_a_players_graph_ends_before_the_next_player_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Shop:
+        rank = None
+        config = type("Config", (), {"model": type("Model", (), {"compile": "auto"})})
+
+    told: list[str] = []
+
+    def begin(self: _Graphs, turn: Turn, *_: Any) -> None:
+        told.append(f"{turn.role} begins")
+        self._stack.callback(told.append, f"{turn.role} ends")
+
+    monkeypatch.setattr(_Graphs, "_begin", begin)
+    graphs = _Graphs(Shop(), None)  # type: ignore[arg-type]
+    with graphs:
+        for turn in (one := Turn("one"), one, Turn("two")):
+            graphs.of(turn, None, [], range(1), 9)  # type: ignore[arg-type]
+    assert told == ["one begins", "one ends", "two begins", "two ends"]
+
+
+@pytest.mark.usefixtures("tried")
 def test_without_a_compiler_a_stage_is_played_plainly(
     monkeypatch: pytest.MonkeyPatch, tiny_recipe: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -405,12 +447,8 @@ def test_a_compiled_graph_gives_the_plain_answers(compute: torch.dtype | None) -
 @pytest.mark.parametrize("name", [name for name in FAST if name != "sliding window"])
 def test_compiled_graphs_of_every_kind_give_the_plain_answers(name: str) -> None:
     model = made(*FAST[name])
-    with contextlib.ExitStack() as stack:
-        own = graph.begin(stack, model, None)
-        if isinstance(own, compiled.Failed):
-            assert name in ("experts", "latent attention") and own.kind is graph.Misfit
-        else:
-            alike(answers(model, graph=own), answers(model), 1e-4)
+    with graph.compiled(model) as own:
+        alike(answers(model, graph=own), answers(model), 1e-4)
 
 
 @pytest.mark.slow
