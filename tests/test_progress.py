@@ -235,17 +235,17 @@ def test_nothing_of_it_is_left_and_nothing_changed(heard: dict[str, Any], finish
 def test_a_model_that_is_decoded_in_whole_batches_tells_the_same(tiny_model: Path) -> None:
     from sparring import players
     from sparring.config import ModelConfig
-    from sparring.play import hf, padded, slots
+    from sparring.play import hf, slots
 
     model = players.load_model(str(tiny_model), ModelConfig(path=str(tiny_model), device="cpu"))
     prompts = [[5, 6, 7], [8, 9], [10] * 9, [11, 12], [13]]
     options: dict[str, Any] = {
         "temperature": 1.0, "max_new_tokens": 12, "stop_ids": [1, 4, 9, 14, 20, 30, 40], "batch_size": 2,
     }  # fmt: skip
-    for decode in (slots.decode, padded.decode):
+    for decodes in (True, False):
         told: list[tuple[int, int]] = []
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(slots, "decode", decode)
+            patch.setattr(slots, "decodes", lambda _: decodes)  # noqa: B023
             answers = hf.sample(model, prompts, range(5), on_rows=lambda *both: told.append(both), **options)  # noqa: B023
         assert len({len(a.tokens) for a in answers}) > 1  # ragged
         assert sum(rows for rows, _ in told) == 5

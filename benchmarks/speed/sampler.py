@@ -10,11 +10,13 @@ has sdpa attention and left-padded prompts sorted by length. Both sides have the
 once each before the clock starts. bfloat16: sparring computes under autocast or as it sees fit over float32 weights; `generate`
 has bfloat16 weights. What the process frees it keeps (`sparring.heap`), for both, as a run does from its first training on. `--continuous` times `generate_batch` once as well, with the same end tokens and not the same
 lengths; where it fails its error is recorded. `--vllm PYTHON`, the Python of an environment with vllm, takes its engine in
-place of `generate`: its start and a first pass over all prompts are outside the clock.
+place of `generate`: its start and a first pass over all prompts are outside the clock. `--compiled` has sparring's decoder
+compiled as one graph, outside the clock too; the row tells how many seconds that took.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import tempfile
@@ -33,6 +35,7 @@ import torch  # noqa: E402
 from transformers import GenerationConfig  # noqa: E402
 
 from sparring import heap  # noqa: E402
+from sparring.play.graph import compiled  # noqa: E402
 from sparring.play.hf import Answer, key, sample  # noqa: E402
 
 EQUAL = 128
@@ -64,8 +67,8 @@ def served(python: str) -> record.Peer:
     )
 
 
-def compare(name: str, kind: str, dtype: str, given: Any) -> dict[str, Any]:
-    """One line: a model, a kind of lengths and a precision."""
+def compare(name: str, kind: str, dtype: str, given: Any, stack: contextlib.ExitStack) -> dict[str, Any]:
+    """One line: a model, a kind of lengths and a precision; what is compiled lasts as long as `stack`."""
     model = shapes.model(name)
     shape = "short/long" if kind == "equal" else "ragged"
     vocabulary = model.config.vocab_size
@@ -73,6 +76,9 @@ def compare(name: str, kind: str, dtype: str, given: Any) -> dict[str, Any]:
     keys = [key(0, 0, str(i), 0) for i in range(len(prompts))]
     stops, most = ([], EQUAL) if kind == "equal" else (shapes.stop_ids(shape, vocabulary), shapes.MAX_NEW)
     compute = getattr(torch, dtype)
+    compiling, graph = None, None
+    if given.compiled:
+        compiling, graph = record.clock(lambda: stack.enter_context(compiled(model, compute)))
 
     def play(size: int) -> list[Answer]:
         gc.collect()
@@ -85,6 +91,7 @@ def compare(name: str, kind: str, dtype: str, given: Any) -> dict[str, Any]:
             stop_ids=stops,
             batch_size=size,
             compute=compute,
+            graph=graph,
         )
 
     lengths = [len(answer.tokens) for answer in play(given.own_sizes[0])]
@@ -126,7 +133,9 @@ def compare(name: str, kind: str, dtype: str, given: Any) -> dict[str, Any]:
         "prompt_tokens": sum(map(len, prompts)),
         "tokens": tokens,
         "answer_lengths": [min(lengths), round(tokens / len(lengths), 1), max(lengths)],
-        "sparring": record.spread(seconds[0]) | {"tokens_per_second": rates[0], "batch_size": own, "trials": tried},
+        "sparring": record.spread(seconds[0])
+        | {"tokens_per_second": rates[0], "batch_size": own, "trials": tried}
+        | ({} if compiling is None else {"compiling": round(compiling, 1)}),
         against: record.spread(seconds[1]) | {"tokens_per_second": rates[1]} | told,
         "ratio": record.faster(*seconds),
     }
@@ -142,6 +151,7 @@ def main() -> None:
     options.add_argument("--own-sizes", type=int, nargs="+", default=[32, 64, 128], help="batches tried for sparring")
     options.add_argument("--batch-sizes", type=int, nargs="+", default=[32, 64, 128], help="tried for generate")
     options.add_argument("--vllm", help="Python of an environment with vllm, to compare with instead of generate")
+    options.add_argument("--compiled", action="store_true", help="sparring's decoder compiled as one graph")
     options.add_argument("--continuous", action="store_true", help="time generate_batch too")
     options.add_argument("--repeats", type=int, default=5)
     given = options.parse_args()
@@ -149,7 +159,8 @@ def main() -> None:
     for name in given.models:
         for kind in given.lengths:
             for dtype in given.dtypes:
-                record.emit(compare(name, kind, dtype, given), given.out)
+                with contextlib.ExitStack() as stack:
+                    record.emit(compare(name, kind, dtype, given, stack), given.out)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 
 NAME = "sparring"
+TRACED = "sparring_traced"
+"""The same for a decoder that is compiled as one graph (`play/graph.py`)."""
 Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """A model's own word on (batch, head, query position, key position): True where the query may see the key."""
 
@@ -50,7 +52,7 @@ def unwrapped(model: Any) -> Any:
 
 
 @contextlib.contextmanager
-def packed(model: nn.Module) -> Iterator[None]:
+def packed(model: nn.Module, name: str = NAME) -> Iterator[None]:
     """Within it the model takes rows of several sequences and a `layout`, and no others; not for two threads at once."""
     configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
     before = [
@@ -58,12 +60,12 @@ def packed(model: nn.Module) -> Iterator[None]:
     ]
     _register()
     for config, _ in before:
-        config._attn_implementation_internal = NAME
+        config._attn_implementation_internal = name
     try:
         yield
     finally:
-        for config, name in before:
-            config._attn_implementation_internal = name
+        for config, own in before:
+            config._attn_implementation_internal = own
 
 
 def is_packed(model: nn.Module) -> bool:
@@ -75,8 +77,9 @@ def _register() -> None:
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
 
-    AttentionInterface.register(NAME, _opaque())
-    AttentionMaskInterface.register(NAME, _mask)
+    for name, function in ((NAME, _opaque()), (TRACED, _attention)):
+        AttentionInterface.register(name, function)
+        AttentionMaskInterface.register(name, _mask)
 
 
 @cache

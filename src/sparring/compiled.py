@@ -13,13 +13,15 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from torch import nn
 
 from sparring.attention import unwrapped
 
 log = logging.getLogger("sparring")
+T = TypeVar("T")
 
 FILE = "compile.json"
 """What was found for each round, in a run's folder: training that goes on computes as it began."""
@@ -78,23 +80,48 @@ def begin(stack: contextlib.ExitStack, model: nn.Module, once: Callable[[], obje
     """Have the model's layers compiled until `stack` ends; says what went wrong where they cannot be, and leaves them.
 
     They are compiled for the rows of `once`, and what they compute may depend on which those were: always the same ones
-    make training that goes on repeat to the bit. A program that is stopped while it compiles can leave a broken file in
-    torch's cache, so a second attempt is made with an empty one.
+    make training that goes on repeat to the bit.
     """
-    problem = ""
+
+    @contextlib.contextmanager
+    def tried() -> Iterator[None]:
+        with compiled(model):
+            once()
+            yield
+
+    made = entered(stack, tried)
+    if not isinstance(made, Failed):
+        return None
+    log.info("layers are not compiled, training takes longer: %s", made.problem)
+    return made.problem
+
+
+@dataclass(frozen=True)
+class Failed:
+    """Why something was not compiled."""
+
+    problem: str
+    kind: type[Exception]
+
+
+def entered(stack: contextlib.ExitStack, make: Callable[[], contextlib.AbstractContextManager[T]]) -> T | Failed:
+    """What `make` compiles, until `stack` ends.
+
+    A program that is stopped while it compiles can leave a broken file in torch's cache, so a second attempt is made with
+    an empty one.
+    """
+    failed = Failed("", Exception)
     for cache in (contextlib.nullcontext(), _empty_cache()):
         with contextlib.ExitStack() as trial:
             try:
                 trial.enter_context(cache)
-                trial.enter_context(compiled(model))
-                once()
+                made = trial.enter_context(make())
             except Exception as error:  # compilers fail in as many ways as there are machines
-                problem = next(iter(str(error).strip().splitlines()), type(error).__name__)
+                failed = Failed(next(iter(str(error).strip().splitlines()), type(error).__name__), type(error))
                 continue
             stack.enter_context(trial.pop_all())
-            return None
-    log.info("layers are not compiled, training takes longer: %s", problem)
-    return problem
+            return made
+    return failed
 
 
 @contextlib.contextmanager

@@ -63,9 +63,9 @@ class ModelConfig(Section):
     )
     compile: Literal["auto", "always", "never"] = _doc(
         "auto",
-        "torch.compile of the layers in training, on the fast path of log-probs and in one process. auto: where "
-        "training takes five minutes or more and a timed trial says that it pays, kept in the run's compile.json; "
-        "always: without a trial.",
+        "torch.compile in one process: of the layers in training on the fast path of log-probs, of the decoder in play on a "
+        "CPU. auto: where that takes five minutes or more and a timed trial says that it pays, kept in the run's "
+        "compile.json; always: without a trial.",
         execution=True,
     )
     device: str = _doc("auto", "`auto`, `cpu`, `cuda` or `cuda:N`.", execution=True)

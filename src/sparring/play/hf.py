@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from sparring.types import Finish, Player, Rendered, Sample
 
 if TYPE_CHECKING:
     from sparring.config import PlayConfig
+    from sparring.play.graph import Graph
     from sparring.prompts import Renderer
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
@@ -150,18 +152,21 @@ def sample(
     model: Any, prompts: Prompts, keys: Sequence[int], *, temperature: float, top_p: float = 1.0,
     top_k: int = 0, max_new_tokens: int, stop_ids: Sequence[int], batch_size: int,
     compute: torch.dtype | None = None, mixture: Mixture | None = None, on_rows: OnRows = silent,
+    graph: Graph | None = None,
 ) -> list[Answer]:  # fmt: skip
     """One answer per prompt, in the order given; repeat a prompt with another key for more.
 
     Temperature 0 is greedy. `compute` float16 or bfloat16 runs the forward pass under autocast; log-probs are
-    float32 either way. The model is put into eval mode and back. Raises InputError for a prompt without tokens,
-    NonFiniteError for logits that are not finite.
+    float32 either way. `graph`, of `graph.compiled(model, compute)`, takes the model's steps. The model is put into eval
+    mode and back. Raises InputError for a prompt without tokens, NonFiniteError for logits that are not finite.
     """
     for i, prompt in enumerate(prompts):
         if not prompt:
             raise InputError(f"prompt {i}: it has no tokens: a player needs at least one to start from")
     if len(keys) != len(prompts):
         raise ValueError(f"{len(keys)} keys for {len(prompts)} prompts")
+    if graph is not None and not graph.made_for(model, compute):
+        raise ValueError("the graph is another model's, for another precision, or has ended")
     if not prompts:
         return []
 
@@ -181,7 +186,7 @@ def sample(
         return torch.from_numpy(uniforms([keys[order[i]] for i in rows], max_new_tokens)).to(model.device)
 
     # Tried in full precision, before autocast
-    decode = slots.decode if all(slots.decodes(m) for m in models) else padded.decode
+    decode = partial(slots.decode, graph=graph) if all(slots.decodes(m) for m in models) else padded.decode
     was_training = model.training
     model.eval()
     try:
@@ -202,7 +207,7 @@ def sample(
 def play(
     model: Any, rows: Sequence[Rendered], player: Player, settings: PlayConfig, renderer: Renderer, *, seed: int,
     round: int, role: str = "opponent", indices: Sequence[int] | None = None, mixture: Mixture | None = None,
-    compute: torch.dtype | None = None, on_rows: OnRows = silent,
+    compute: torch.dtype | None = None, on_rows: OnRows = silent, graph: Graph | None = None,
 ) -> list[Sample]:  # fmt: skip
     """Answers of `player`, whose weights `model` holds, to every row, grouped by row in order.
 
@@ -223,6 +228,7 @@ def play(
             compute=compute,
             mixture=mixture,
             on_rows=on_rows,
+            graph=graph,
         )
 
     how = settings_id(settings, mixture.share if mixture else 0.0)

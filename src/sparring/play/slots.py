@@ -31,6 +31,8 @@ from sparring.tree import Tree
 
 log = logging.getLogger("sparring")
 
+Decoder = Callable[[Tensor, Tensor, Layout], Tensor]
+"""Token ids and positions [1, N] and a layout to hidden states [N, H]."""
 _ALIGNED = 16
 _FREE = 8
 """Slots are filled again, or dropped, when one in so many is free."""
@@ -39,14 +41,16 @@ _DECODES: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 def decode(
     models: Sequence[Any], prompts: Prompts, uniforms: Callable[[Sequence[int]], Tensor], length: int,
-    stop_ids: Sequence[int], size: int, choose: Choose, on_rows: OnRows = silent,
+    stop_ids: Sequence[int], size: int, choose: Choose, on_rows: OnRows = silent, graph: Decoder | None = None,
 ) -> list[Row]:  # fmt: skip
     """Each prompt's answer of at most `length` tokens and their log-probs; prompts are begun in the order given.
 
-    `uniforms` gives those [N, length] of some rows. At most `size` rows are decoded at a time.
+    `uniforms` gives those [N, length] of some rows. At most `size` rows are decoded at a time. `graph` is how the first
+    model's steps are computed, of two rows or more.
     """
     width = min(size, len(prompts))
-    engines = [Slots(model, width, max(map(len, prompts)) + length) for model in models]
+    steps = [graph, *[None] * len(models)]
+    engines = [Slots(m, width, max(map(len, prompts)) + length, s) for m, s in zip(models, steps, strict=False)]
     with contextlib.ExitStack() as stack:
         for model in models:
             stack.enter_context(packed(model))
@@ -128,8 +132,9 @@ def _compact(engines: Sequence[Slots], rows: list[int | None], tables: Sequence[
 class Slots:
     """A model, within `attention.packed`, and what it remembers of the rows it is decoding."""
 
-    def __init__(self, model: Any, size: int, room: int) -> None:
-        """`size` rows of at most `room` tokens each."""
+    def __init__(self, model: Any, size: int, room: int, steps: Decoder | None = None) -> None:
+        """`size` rows of at most `room` tokens each; `steps` decodes one more token of two rows or more."""
+        self.steps = steps
         self._base = unwrapped(model)
         self._decoder = self._base.get_decoder()
         self.device = next(model.parameters()).device
@@ -159,7 +164,9 @@ class Slots:
         """
         position = self._position[: len(tokens)]
         layout = _Step(self._store, position, min(-(-longest // _ALIGNED) * _ALIGNED, self._store.room))
-        hidden = self._forward(tokens[None], position[None], layout)
+        # A graph for any number of rows is none for a single one: torch takes 1 to be a number of its own
+        decoder = self.plain if self.steps is None or len(tokens) == 1 else self.steps
+        hidden = decoder(tokens[None], position[None], layout)
         position += self._grows[: len(tokens)]
         return head(self._base, self._decoder, hidden).float()
 
@@ -175,7 +182,7 @@ class Slots:
 
     def _read(self, prompts: list[Sequence[int]], slots: list[list[int]]) -> Tensor:
         tree = Tree(prompts, [[] for _ in prompts], self.device, fill=True)
-        hidden = self._forward(tree.ids, tree.positions, _Reading(self._store, tree, prompts, slots, self.device))
+        hidden = self.plain(tree.ids, tree.positions, _Reading(self._store, tree, prompts, slots, self.device))
         sizes = torch.tensor([len(p) for p in prompts], device=self.device)
         copies = torch.tensor([len(own) for own in slots], device=self.device)
         taken = torch.tensor([slot for own in slots for slot in own], device=self.device)
@@ -183,7 +190,8 @@ class Slots:
         logits = head(self._base, self._decoder, hidden.index_select(0, sizes.cumsum(0) - 1))
         return logits.float().repeat_interleave(copies, 0)
 
-    def _forward(self, ids: Tensor, positions: Tensor, layout: Layout) -> Tensor:
+    def plain(self, ids: Tensor, positions: Tensor, layout: Layout) -> Tensor:
+        """A `Decoder`: the model's own."""
         seen = self._ones[:, : ids.shape[1]] if ids.shape[1] <= self._ones.shape[1] else torch.ones_like(ids)
         out = self._decoder(input_ids=ids, attention_mask=seen, position_ids=positions, use_cache=False, layout=layout)
         hidden: Tensor = out.last_hidden_state[0]

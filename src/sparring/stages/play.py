@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from datetime import datetime
 from functools import cache, partial
@@ -19,13 +19,15 @@ from sparring.plan import RoundPlan
 from sparring.play.engines import Engine, health
 from sparring.rundir import Counts
 from sparring.rundir.store import Rows, Split, read_json, write_json, write_shards
-from sparring.types import Example, Official, Rendered, Sample, Score, Turn
+from sparring.types import Example, Official, Player, Rendered, Sample, Score, Turn
 from sparring.workshop import DATE, Workshop
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from sparring.play.hf import Mixture
+    from sparring.play.graph import Graph
+    from sparring.play.hf import Answer, Mixture
+    from sparring.progress import OnRows
 
 
 PART = 4096
@@ -86,6 +88,7 @@ def play_shards(shop: Workshop, folder: Path, *, r: RoundPlan) -> int:
     split = [turn for turn in r.turns if turn.split]
     starts = range(0, len(rows), settings.chunk)
     engine = Engine(shop, settings.engine, folder) if settings.engine_kind != "hf" else None
+    graphs = _Graphs(shop, r)
     before = 0
     jobs: list[Callable[[], list[Sample]]] = []
     sizes: list[int] = []
@@ -98,12 +101,12 @@ def play_shards(shop: Workshop, folder: Path, *, r: RoundPlan) -> int:
             chosen = slice(at + (part[0] - at) % part[1], at + settings.chunk, part[1])
             given = first and turn is r.turns[0] and r.method.takes_given
             indices = range(before, before + wanted)
-            jobs.append(partial(_answers, shop, r, turn, mixture, engine, rows, chosen, given, indices))
+            jobs.append(partial(_answers, shop, r, turn, mixture, engine, graphs, rows, chosen, given, indices))
             sizes.append(len(range(*chosen.indices(len(rows)))) * wanted)
         before += 0 if turn.split else wanted
     shop.progress.begin(sum(sizes), "answers")
     ends = list(accumulate(sizes))
-    with engine or nullcontext():
+    with engine or nullcontext(), graphs:
         return write_shards(folder, Sample, jobs, lambda n: shop.progress.reached(ends[n]), shop.claim(folder))
 
 
@@ -119,6 +122,7 @@ def _answers(
     turn: Turn,
     mixture: Callable[[], Mixture | None],
     engine: Engine | None,
+    graphs: _Graphs,
     rows: Sequence[Rendered],
     chosen: slice,
     first: bool,
@@ -132,6 +136,7 @@ def _answers(
     given = [row for row in part if first and row.generated is not None]
     asked = [row for row in part if not (first and row.generated is not None)]
     most = r.method.answer_tokens or (lambda example_id: None)
+    graph = graphs.of(turn, player, asked, indices, len(rows)) if asked and engine is None else None
     lengths = [min(settings.max_new_tokens, most(row.example_id) or settings.max_new_tokens) for row in asked]
     played: list[Sample] = []
     for length in sorted(set(lengths)):
@@ -151,10 +156,88 @@ def _answers(
             mixture=mixture(),
             compute=shop.compute,
             on_rows=shop.progress.did,
+            graph=graph,
         )
     # Beside an engine no model of ours is loaded for what the frozen stage scores anyway
     model = shop.model(player) if given and engine is None else None
     return played + _given(shop, model, given, r.t, settings.batch_size)
+
+
+class _Graphs:
+    """Compiled decoders of those who play, one at a time, where they are wanted or were found to pay for the stage."""
+
+    def __init__(self, shop: Workshop, r: RoundPlan) -> None:
+        self._shop, self._r = shop, r
+        self._stack = ExitStack()
+        self._held: tuple[Turn, Graph | None] | None = None
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        self._leave()
+
+    def of(self, turn: Turn, player: Player, asked: Sequence[Rendered], indices: range, prompts: int) -> Graph | None:
+        """The decoder of a turn's player; the first rows that it is asked for are those of a trial.
+
+        prompts: those of the stage. Raises InputError where it is to be compiled and cannot be.
+        """
+        if self._held is None or self._held[0] is not turn:
+            self._leave()
+            alone = self._shop.rank is None or self._shop.rank.size == 1
+            wanted = self._shop.config.model.compile != "never" and alone and turn.mixed_with is None
+            self._held = turn, self._begin(turn, player, asked, indices, prompts) if wanted else None
+        return self._held[1]
+
+    def _leave(self) -> None:
+        """Before another player is loaded: a graph keeps its own in memory."""
+        self._held = None
+        self._stack.close()
+
+    def _begin(
+        self, turn: Turn, player: Player, asked: Sequence[Rendered], indices: range, prompts: int
+    ) -> Graph | None:
+        from sparring import compiled
+        from sparring.play import graph as graphs
+        from sparring.play.hf import sample
+
+        shop, settings, name = self._shop, self._r.settings.play, f"{self._r.folder}/play/{turn.role}"
+        always, file = shop.config.model.compile == "always", shop.run.path / compiled.FILE
+        record = read_json(file) if file.exists() else {}
+        sharing = sum(other.split for other in self._r.turns) if turn.split else 1
+        answers, size = prompts * len(indices) // sharing, settings.batch_size
+        short = answers * settings.max_new_tokens < graphs.LEAST_STEPS * size
+        if not always and (short if name not in record else not record[name]["pays"]):
+            return None
+        model = shop.model(player)
+        if not graphs.fits(model):
+            return None
+        batch = [row.prompt for row in asked for _ in indices][:size]
+
+        def play(graph: Graph | None, length: int, on_rows: OnRows) -> list[Answer]:
+            return sample(
+                model, batch, range(len(batch)), temperature=settings.temperature, top_p=settings.top_p,
+                top_k=settings.top_k, max_new_tokens=length, stop_ids=shop.renderer.stop_ids, batch_size=size,
+                compute=shop.compute, graph=graph, on_rows=on_rows,
+            )  # fmt: skip
+
+        def make(stack: ExitStack) -> Graph | compiled.Failed:
+            return graphs.begin(stack, model, shop.compute)
+
+        if not always and name not in record:
+            paying, found = graphs.settled(self._stack, play, make, answers, settings.max_new_tokens)
+            write_json(file, record | {name: found})
+            return paying
+        made = make(self._stack)
+        if not isinstance(made, compiled.Failed):
+            return made
+        if not always:
+            write_json(file, record | {name: record[name] | {"pays": False, "problem": made.problem}})
+        elif not issubclass(made.kind, graphs.Misfit):
+            raise InputError(
+                f"model.compile: always, but the decoder cannot be compiled ({made.problem}); say auto or never"
+            )
+        return None
 
 
 def _mixture(shop: Workshop, r: RoundPlan, turn: Turn) -> Mixture | None:
