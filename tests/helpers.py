@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import io
 import json
 import logging
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,3 +141,14 @@ def player_shas(run: Path) -> dict[int, str]:
     from sparring.rundir.view import RunView
 
     return {number: players.identify(player.path) for number, player in RunView(run).players.items()}
+
+
+def script(name: str) -> Any:
+    """A file of benchmarks/ as a module."""
+    path = Path(__file__).parents[1] / "benchmarks" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # a dataclass looks its own module up by name
+    spec.loader.exec_module(module)
+    return module

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import math
 import random
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from helpers import script
 from sparring.evaluate.core import Item, subset_sizes, values
 from sparring.evaluate.stats import (
     Gain,
@@ -26,18 +24,6 @@ from sparring.evaluate.stats import (
     sign_test,
     student95,
 )
-
-
-def script(name: str) -> Any:
-    """A file of benchmarks/ as a module."""
-    path = Path(__file__).parents[1] / "benchmarks" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # a dataclass looks its own module up by name
-    spec.loader.exec_module(module)
-    return module
-
 
 # Intervals -------------------------------------------------------------------------------------------------------
 

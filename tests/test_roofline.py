@@ -1,0 +1,70 @@
+"""What benchmarks/speed/floor.py counts, by hand and against torch's own counter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from helpers import script
+from sparring.logps import packed_token_logps
+
+floor = script("speed/floor")
+PROMPT, COMPLETIONS = [3, 4, 5], [[6, 7, 8, 9], [10, 11]]
+"""Seven tokens are computed, as the last of a completion predicts nothing, and six have logits."""
+LINEAR = 2 * (8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 12)
+"""Weights of both layers."""
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    config = AutoConfig.for_model(
+        "qwen2", hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, vocab_size=20, tie_word_embeddings=True,
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def operations(need: Any, kind: str) -> float:
+    return sum(product.flops * times for (name, product), times in need.products.items() if name == kind)
+
+
+@pytest.mark.parametrize(("learns", "times"), [(False, 1), (True, 3)])
+def test_a_pass_needs_each_token_once_and_the_keys_that_it_may_see(model: Any, learns: bool, times: int) -> None:
+    need = floor.completed(floor.sizes(model, 2), [(3, [4, 2])], learns)
+    assert operations(need, "linear") == times * 2 * 7 * LINEAR
+    assert operations(need, "vocabulary") == times * 2 * 6 * 8 * 20
+    # 1 + 2 + 3 keys of the prompt, 4 + 5 + 6 of one completion, 4 of the other; two heads of 4, two products, two layers
+    assert operations(need, "attention") == pytest.approx(times * 4 * 2 * 4 * (6 + 15 + 4) * 2)
+    assert need.moved == (3 if learns else 1) * 6 * 20 * 2
+
+
+@pytest.mark.parametrize("learns", [False, True])
+def test_layers_products_are_those_that_torch_counts(model: Any, learns: bool) -> None:
+    need = floor.completed(floor.sizes(model, 4), [(3, [4, 2])], learns)
+    with FlopCounterMode(display=False) as counted, torch.set_grad_enabled(learns):
+        logps = packed_token_logps(model, [PROMPT] * 2, COMPLETIONS)
+        if learns:
+            logps.sum().backward()
+    table = counted.get_flop_counts()["Global"]
+    layers = sum(table.get(op, 0) for op in (torch.ops.aten.mm, torch.ops.aten.addmm))
+    assert operations(need, "linear") + operations(need, "vocabulary") == layers
+
+
+def test_a_step_of_decoding_reads_the_keys_and_values_of_its_rows(model: Any) -> None:
+    need = floor.decoded(floor.sizes(model, 2), [5, 2])
+    assert operations(need, "linear") == 2 * 2 * LINEAR
+    assert operations(need, "vocabulary") == 2 * 2 * 8 * 20
+    assert need.flops == 4 * 2 * 4 * 2 * (5 + 2)
+    # A key and a value of one head of 4 in two layers, read for 7 tokens and written for 2; the logits
+    assert need.moved == 2 * 4 * 2 * 2 * (7 + 2) + 2 * 20 * 2
+    assert need.weights == 2 * (LINEAR + 8 * 20)
+
+
+def test_a_step_of_the_optimizer_reads_and_writes_weights_moments_and_gradients(model: Any) -> None:
+    of = floor.sizes(model, 2)
+    assert floor.stepped(of, moments=2).moved == of.parameters * (4 * 8 + 6)
+    assert floor.stepped(floor.sizes(model, 4), moments=1).moved == of.parameters * 4 * 6
