@@ -13,7 +13,19 @@ from torch import Tensor
 from sparring import native as building
 from sparring.play import native
 
-SIZES = [(1, 1, 8), (2, 2, 8), (2, 3, 16), (1, 8, 64), (4, 1, 72), (2, 2, 128), (8, 1, 64), (1, 17, 8), (8, 1, 6), (2, 2, 1), (1, 3, 42)]
+SIZES = [
+    (1, 1, 8),
+    (2, 2, 8),
+    (2, 3, 16),
+    (1, 8, 64),
+    (4, 1, 72),
+    (2, 2, 128),
+    (8, 1, 64),
+    (1, 17, 8),
+    (8, 1, 6),
+    (2, 2, 1),
+    (1, 3, 42),
+]
 FIRST, END, ROOM = torch.tensor([0, 3, 0, 31, 0, 200]), torch.tensor([1, 4, 32, 65, 250, 233]), 256
 
 
