@@ -252,17 +252,6 @@ def test_logits_that_do_not_fit_are_made_in_pieces(monkeypatch: pytest.MonkeyPat
         assert (a - b).norm() < 1e-5 * b.norm()
 
 
-def test_the_log_prob_of_a_token_has_the_right_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By finite differences in float64, in blocks of two rows."""
-    monkeypatch.setattr(packed, "_BLOCK", 14)
-    torch.manual_seed(0)
-    logits = torch.randn(5, 7, dtype=torch.float64, requires_grad=True)
-    tokens = torch.tensor([0, 6, 3, 3, 2])
-    assert torch.autograd.gradcheck(lambda x: packed._Chosen.apply(x, tokens), (logits,))
-    wanted = logits.log_softmax(-1)[torch.arange(5), tokens]
-    torch.testing.assert_close(packed._Chosen.apply(logits, tokens), wanted)
-
-
 def test_bfloat16_is_as_near_to_float32_as_the_plain_path() -> None:
     """Per-token log-probs of about 6 nats: both paths stay within 0.05, and neither is twice as far as the other."""
     model = made("Llama", BASE)

@@ -18,6 +18,7 @@ from importlib.resources import files
 from pathlib import Path
 
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+_SHARED = b'#include "lanes.h"\n'
 _NEEDS = {"x86_64": ("-mprefer-vector-width=512",)}
 
 
@@ -29,7 +30,8 @@ def library(name: str, sizes: Mapping[str, int]) -> ctypes.CDLL:
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if compiler is None:
         raise OSError(f"there is no C compiler `{os.environ.get('CC', 'cc')}`")
-    source = files("sparring").joinpath(name).read_bytes()
+    package = files("sparring")
+    source = package.joinpath(name).read_bytes().replace(_SHARED, package.joinpath("lanes.h").read_bytes())
     defined = [f"-D{key}={value}" for key, value in sizes.items()]
     command = [compiler, *_FLAGS, *_NEEDS.get(platform.machine(), ()), *defined]
     parts = (source, repr(command).encode(), _machine(), subprocess.check_output([compiler, "--version"]))

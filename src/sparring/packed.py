@@ -18,9 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from sparring import batching
 from sparring.attention import packed, unwrapped
 from sparring.batching import PIECE_LOGITS as _PIECE
+from sparring.chosen import chosen
 from sparring.tree import Tree
-
-_BLOCK = 2**17
 
 
 def completion_logps(
@@ -57,8 +56,8 @@ def completion_logps(
 
     def piece(hidden: Tensor, tokens: Tensor) -> Tensor:
         logits = head(base, decoder, hidden)
-        chosen: Tensor = _Chosen.apply(logits if sharpen == 1 else logits * sharpen, tokens)  # type: ignore[no-untyped-call]
-        return torch.stack([chosen, (logits.argmax(-1) == tokens).to(chosen.dtype)], -1) if best else chosen
+        logps = chosen(logits if sharpen == 1 else logits * sharpen, tokens)
+        return torch.stack([logps, (logits.argmax(-1) == tokens).to(logps.dtype)], -1) if best else logps
 
     vocabulary = base.get_output_embeddings().weight.shape[0]
     if batching.whole_logits(len(tokens) * vocabulary, _precision(hidden).itemsize):
@@ -106,30 +105,3 @@ class _Said:
 
     def __getattr__(self, name: str) -> None:
         return None
-
-
-class _Chosen(torch.autograd.Function):
-    """log softmax(logits)[token] of [M, V] and [M], in float32 or wider; keeps nothing wide for the backward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, tokens: Tensor) -> Tensor:
-        wide = torch.promote_types(logits.dtype, torch.float32)
-        total = torch.cat([x.to(wide).logsumexp(-1) for x in torch.split(logits, _rows(logits))])
-        ctx.save_for_backward(logits, tokens)
-        return logits.gather(-1, tokens[:, None])[:, 0].to(wide) - total
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        logits, tokens = ctx.saved_tensors
-        grad = grads[0][:, None]
-        out = torch.empty_like(logits)
-        for at in range(0, len(logits), _rows(logits)):
-            block = slice(at, at + _rows(logits))
-            share = torch.softmax(logits[block], -1, dtype=grad.dtype).mul_(-grad[block])
-            out[block] = share.scatter_add_(1, tokens[block, None], grad[block])
-        return out, None
-
-
-def _rows(logits: Tensor) -> int:
-    """Rows of logits whose float32 copy stays in the cache."""
-    return max(1, _BLOCK // logits.shape[-1])

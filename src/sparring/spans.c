@@ -8,60 +8,13 @@
    Queries are taken a block at a time and lie in the lanes of vectors, keys one after the other: largest weights and
    sums are then taken lane by lane. Where the CPU multiplies tiles of bfloat16, products are its own (TILED). */
 
-#include <math.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
+#include "lanes.h"
 
 #define SIZE 32 /* queries of a block, and keys of one */
 #define PARTS (SIZE / 16)
-#define LOG2E 1.44269504f /* weights are powers of two */
 #define ROUNDED(x, to) (((x) + (to) - 1) / (to) * (to))
-#define EACH(i, n) _Pragma("GCC unroll 16") for (int i = 0; i < (n); i++)
 /* Heads that a thread takes together: two that write to one line of the cache would wait for each other. */
 #define TAKEN (WIDTH * sizeof(number) % 64 ? GROUPS : 1)
-#define INLINE static inline __attribute__((always_inline))
-
-typedef float lanes __attribute__((vector_size(64)));
-typedef int32_t ints __attribute__((vector_size(64)));
-typedef uint32_t words __attribute__((vector_size(64)));
-typedef uint16_t halves __attribute__((vector_size(32)));
-
-#ifdef HALF
-typedef uint16_t number;
-INLINE float widen(number x) {
-    uint32_t word = (uint32_t)x << 16;
-    float wide;
-    memcpy(&wide, &word, 4);
-    return wide;
-}
-#else
-typedef float number;
-INLINE float widen(number x) { return x; }
-#endif
-
-/* To bfloat16, as words. */
-INLINE words halved(lanes x) {
-    words word = (words)x, odd = (word >> 16) & 1, known = (words)(x == x);
-    /* Rounding could make an infinity of what is no number */
-    return (known & ((word + 0x7fff + odd) >> 16)) | (~known & 0x7fc0);
-}
-
-/* `count` numbers of those in x. */
-INLINE void narrow(lanes x, number *to, int count) {
-#ifdef HALF
-    halves made = __builtin_convertvector(halved(x), halves);
-#else
-    lanes made = x;
-#endif
-    memcpy(to, &made, (count < 16 ? count : 16) * sizeof *to);
-}
-
-INLINE lanes load(const float *from) {
-    lanes x;
-    memcpy(&x, from, 64);
-    return x;
-}
 
 /* What products are made of: rows of WIDE numbers, zero behind WIDTH. The right side of one has two layouts: [k, n], or,
    TILED, [k / 2, n, 2]. */
@@ -223,26 +176,6 @@ static void sideways(const operand *rows, operand *to, operand *place, int64_t c
     turn(place, to, count / 2, WIDE);
 }
 #endif
-
-INLINE lanes choose(ints which, lanes yes, lanes no) { return (lanes)((which & (ints)yes) | (~which & (ints)no)); }
-
-/* 2^x of an x that is not positive, good to two units in the last place; 0 below 2^-126, which keeps sums from slow
-   numbers. */
-INLINE lanes power(lanes x) {
-    lanes kept = choose(x < -126.0f, (lanes){0} - 126.0f, x);
-    lanes shifted = kept + 12582912.0f; /* the nearest whole number, in its last bits */
-    ints n = (ints)shifted - (ints)((lanes){0} + 12582912.0f);
-    lanes r = kept - (shifted - 12582912.0f);
-    lanes p = (lanes){0} + 1.5403530e-4f; /* ln(2)^6 / 6! and so on */
-    p = p * r + 1.3333558e-3f;
-    p = p * r + 9.6181291e-3f;
-    p = p * r + 5.5504109e-2f;
-    p = p * r + 2.4022651e-1f;
-    p = p * r + 6.9314718e-1f;
-    p = p * r + 1.0f;
-    p *= (lanes)((n + 127) << 23);
-    return choose(x < -126.0f, (lanes){0}, p);
-}
 
 /* A row of weights or of their gradients. */
 INLINE void keep(lanes low, lanes high, operand *to) {

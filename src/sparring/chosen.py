@@ -1,0 +1,122 @@
+"""The log-prob of each row's token among its logits, without anything else as wide as those.
+
+On CPUs it is in C (`chosen.c`), which reads them in their own precision; elsewhere float32 copies are made, block by block.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import subprocess
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparring.native import library
+
+log = logging.getLogger("sparring")
+
+_BLOCK = 2**17
+
+
+def chosen(logits: Tensor, tokens: Tensor) -> Tensor:
+    """log softmax(logits)[token] [M], in nats, of [M, V] and [M]: in float32 or wider; gradients flow."""
+    made = kernel(logits.dtype) if logits.device.type == "cpu" else None
+    if made is None:
+        return _InTorch.apply(logits, tokens)  # type: ignore[no-any-return, no-untyped-call]
+    return _InC.apply(made, logits, tokens)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class Kernel(NamedTuple):
+    """Both directions, compiled for a precision."""
+
+    forward: Any
+    backward: Any
+
+
+@cache
+def kernel(dtype: torch.dtype) -> Kernel | None:
+    """The kernel for logits of this precision; None where it cannot be had."""
+    if dtype not in (torch.bfloat16, torch.float32):
+        return None
+    try:
+        made = _loaded(dtype)
+        problem = _problem(made, dtype)
+    except (OSError, subprocess.SubprocessError) as error:
+        problem = str(error)
+    if problem:
+        log.info("log-probs in C cannot be had, passes take longer: %s", problem)
+        return None
+    return made
+
+
+def _loaded(dtype: torch.dtype) -> Kernel:
+    made = library("chosen.c", {"HALF": 1} if dtype == torch.bfloat16 else {})
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    made.forward.argtypes = [*[pointer] * 5, number, number]
+    made.backward.argtypes = [*[pointer] * 6, number, number]
+    made.forward.restype = made.backward.restype = None
+    return Kernel(made.forward, made.backward)
+
+
+def _problem(made: Kernel, dtype: torch.dtype) -> str | None:
+    """What is wrong with a kernel, tried on three rows of random numbers; None where nothing is."""
+    random = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 1100, generator=random).mul(4).to(dtype)
+    tokens, upstream = torch.tensor([0, 1099, 500]), torch.tensor([1.0, -2.0, 0.5])
+    found: list[tuple[Tensor, Tensor]] = []
+    with torch.enable_grad():
+        for wide in (False, True):
+            own = (logits.float() if wide else logits.clone()).requires_grad_()
+            out = _InTorch.apply(own, tokens) if wide else _InC.apply(made, own, tokens)  # type: ignore[no-untyped-call]
+            found.append((out.detach(), torch.autograd.grad(out, own, upstream)[0].float()))
+    apart = max(float((a - b).abs().max()) for a, b in zip(*found, strict=True))
+    return None if apart < (1e-2 if dtype == torch.bfloat16 else 1e-5) else f"its results are off by {apart:.2g}"
+
+
+class _InC(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, kernel: Kernel, logits: Tensor, tokens: Tensor) -> Tensor:
+        logits, tokens = logits.contiguous(), tokens.contiguous()
+        out, tops, sums = torch.empty(3, len(logits))
+        kernel.forward(*(x.data_ptr() for x in (logits, tokens, out, tops, sums)), *logits.shape)
+        ctx.save_for_backward(logits, tokens, tops, sums)
+        ctx.kernel = kernel
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        logits, tokens, tops, sums = ctx.saved_tensors
+        grad, out = grads[0].contiguous(), torch.empty_like(logits)
+        given = (logits, tokens, tops, sums, grad, out)
+        ctx.kernel.backward(*(x.data_ptr() for x in given), *logits.shape)
+        return None, out, None
+
+
+class _InTorch(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, tokens: Tensor) -> Tensor:
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        parts = torch.split(logits, _rows(logits))  # type: ignore[no-untyped-call]
+        total = torch.cat([x.to(wide).logsumexp(-1) for x in parts])
+        ctx.save_for_backward(logits, tokens)
+        out: Tensor = logits.gather(-1, tokens[:, None])[:, 0].to(wide).sub_(total)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        logits, tokens = ctx.saved_tensors
+        grad = grads[0][:, None]
+        out = torch.empty_like(logits)
+        for at in range(0, len(logits), _rows(logits)):
+            block = slice(at, at + _rows(logits))
+            share = torch.softmax(logits[block], -1, dtype=grad.dtype).mul_(-grad[block])
+            out[block] = share.scatter_add_(1, tokens[block, None], grad[block])
+        return out, None
+
+
+def _rows(logits: Tensor) -> int:
+    """Rows of logits whose float32 copy stays in the cache."""
+    return max(1, _BLOCK // logits.shape[-1])
