@@ -80,6 +80,7 @@ class _InC(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, kernel: Kernel, logits: Tensor, tokens: Tensor) -> Tensor:
         logits, tokens = logits.contiguous(), tokens.contiguous()
+        out: Tensor
         out, tops, sums = torch.empty(3, len(logits))
         kernel.forward(*(x.data_ptr() for x in (logits, tokens, out, tops, sums)), *logits.shape)
         ctx.save_for_backward(logits, tokens, tops, sums)
