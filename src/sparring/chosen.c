@@ -7,20 +7,24 @@
 
 #define BLOCK 1024
 
-/* Sixteen logits from `at` on; `other` behind the end. */
-INLINE lanes some(const number *row, int64_t at, int64_t size, float other) {
-    int64_t left = size - at;
+/* `count` logits, at most sixteen, and `other` behind them; a constant count is one instruction. */
+INLINE lanes some(const number *from, int count, float other) {
 #ifdef HALF
     halves x = {0};
-    memcpy(&x, row + at, (left < 16 ? left : 16) * sizeof *row);
+    memcpy(&x, from, count * sizeof *from);
     lanes wide = (lanes)(__builtin_convertvector(x, words) << 16);
 #else
     lanes wide = {0};
-    memcpy(&wide, row + at, (left < 16 ? left : 16) * sizeof *row);
+    memcpy(&wide, from, count * sizeof *from);
 #endif
-    if (left < 16)
-        for (int i = left; i < 16; i++) wide[i] = other;
+    for (int i = count; i < 16; i++) wide[i] = other;
     return wide;
+}
+
+INLINE float total(lanes x) {
+    float sum = 0;
+    EACH(i, 16) sum += x[i];
+    return sum;
 }
 
 /* logits [rows, size] and a token each to its log-prob, the largest logit and the sum of exponentials relative to it. */
@@ -29,22 +33,21 @@ void forward(const number *logits, const int64_t *tokens, float *out, float *top
 #pragma omp parallel for schedule(static)
     for (int64_t r = 0; r < rows; r++) {
         const number *row = logits + r * size;
-        lanes most = {0};
-        most -= INFINITY;
-        for (int64_t at = 0; at < size; at += 16) {
-            lanes x = some(row, at, size, -INFINITY);
+        int64_t whole = size / 16 * 16;
+        lanes most = some(row + whole, size - whole, -INFINITY);
+        for (int64_t at = 0; at < whole; at += 16) {
+            lanes x = some(row + at, 16, 0);
             most = choose(x > most, x, most);
         }
         float top = most[0];
         for (int i = 1; i < 16; i++) top = most[i] > top ? most[i] : top;
-        double sum = 0;
-        for (int64_t block = 0; block < size; block += BLOCK) {
-            lanes part = {0};
-            int64_t end = block + BLOCK < size ? block + BLOCK : size;
-            for (int64_t at = block; at < end; at += 16) part += power((some(row, at, size, -INFINITY) - top) * LOG2E);
-            float total = 0;
-            for (int i = 0; i < 16; i++) total += part[i];
-            sum += total;
+        lanes part = power((some(row + whole, size - whole, -INFINITY) - top) * LOG2E);
+        double sum = total(part);
+        for (int64_t block = 0; block < whole; block += BLOCK) {
+            int64_t end = block + BLOCK < whole ? block + BLOCK : whole;
+            part = (lanes){0};
+            for (int64_t at = block; at < end; at += 16) part += power((some(row + at, 16, 0) - top) * LOG2E);
+            sum += total(part);
         }
         tops[r] = top, sums[r] = sum;
         out[r] = (float)(widen(row[tokens[r]]) - top - log(sum));
@@ -58,12 +61,14 @@ void backward(const number *logits, const int64_t *tokens, const float *tops, co
     for (int64_t r = 0; r < rows; r++) {
         const number *row = logits + r * size;
         number *to = out + r * size;
-        float share = -grad[r] / sums[r];
-        for (int64_t at = 0; at < size; at += 16)
-            narrow(power((some(row, at, size, 0) - tops[r]) * LOG2E) * share, to + at, size - at < 16 ? size - at : 16);
-        int64_t token = tokens[r], at = token / 16 * 16;
-        lanes near = power((some(row, at, size, 0) - tops[r]) * LOG2E) * share;
-        near[token - at] += grad[r];
-        narrow(near, to + at, size - at < 16 ? size - at : 16);
+        float share = -grad[r] / sums[r], top = tops[r];
+        int64_t whole = size / 16 * 16, token = tokens[r], near = token / 16 * 16;
+        for (int64_t at = 0; at < whole; at += 16)
+            narrow(power((some(row + at, 16, 0) - top) * LOG2E) * share, to + at, 16);
+        if (whole < size) narrow(power((some(row + whole, size - whole, 0) - top) * LOG2E) * share, to + whole, size - whole);
+        int count = size - near < 16 ? size - near : 16;
+        lanes own = power((some(row + near, count, 0) - top) * LOG2E) * share;
+        own[token - near] += grad[r];
+        narrow(own, to + near, count);
     }
 }

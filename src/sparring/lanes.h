@@ -4,6 +4,9 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 
 #define LOG2E 1.44269504f
 #define EACH(i, n) _Pragma("GCC unroll 16") for (int i = 0; i < (n); i++)
@@ -36,7 +39,9 @@ INLINE words halved(lanes x) {
 
 /* `count` numbers of those in x. */
 INLINE void narrow(lanes x, number *to, int count) {
-#ifdef HALF
+#if defined HALF && defined __AVX512BF16__
+    __m256bh made = _mm512_cvtneps_pbh((__m512)x);
+#elif defined HALF
     halves made = __builtin_convertvector(halved(x), halves);
 #else
     lanes made = x;

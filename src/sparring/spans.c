@@ -20,7 +20,6 @@
    TILED, [k / 2, n, 2]. */
 #if defined HALF && defined __AMX_BF16__ && defined __AVX512BF16__
 #define TILED
-#include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 typedef uint16_t operand;
