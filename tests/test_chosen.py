@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from sparring import chosen as module
 from sparring import native
@@ -86,6 +87,22 @@ def test_logits_that_do_not_lie_together() -> None:
     turned = logits.detach().t().contiguous().t().requires_grad_()
     found = [torch.autograd.grad(chosen(x, tokens), x, upstream.expand(6))[0] for x in (logits, turned)]
     assert torch.equal(*found)
+
+
+def test_first_used_within_a_checkpoint_it_is_not_counted() -> None:
+    """Its trial saves tensors, which a checkpoint would miss when it computes again."""
+    logits, tokens, upstream = drawn(3, 50, torch.float32)
+    (expected,) = torch.autograd.grad(chosen(logits, tokens), logits, upstream)
+    module.kernel.cache_clear()
+    (found,) = torch.autograd.grad(checkpoint(chosen, logits, tokens, use_reentrant=False), logits, upstream)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("token", [-1, 7])
+def test_a_token_beyond_the_vocabulary_is_an_error(token: int) -> None:
+    with pytest.raises(IndexError, match=f"a token is beyond the 7 of the vocabulary: {token}"):
+        chosen(torch.zeros(1, 7), torch.tensor([token]))
+    assert chosen(torch.zeros(0, 7), torch.tensor([], dtype=torch.long)).shape == (0,)
 
 
 def test_other_types_are_left_to_torch() -> None:

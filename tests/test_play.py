@@ -17,7 +17,7 @@ from sparring.batching import filler
 from sparring.config import PlayConfig
 from sparring.errors import InputError, NonFiniteError
 from sparring.logps import token_logps
-from sparring.play import native, slots
+from sparring.play import decode, slots
 from sparring.play.halved import halved
 from sparring.play.hf import Answer, Mixture, draw, invert, keep_likeliest, key, play, sample, settings_id, uniforms
 from sparring.types import Player, Rendered
@@ -355,7 +355,7 @@ def test_slots_and_padded_batches_give_the_same_answers(name: str, in_c: bool, m
     model, steps = tiny(name), list[int]()
 
     def kernel(*sizes: Any) -> Any:
-        made = native.kernel(*sizes) if in_c else None
+        made = decode.kernel(*sizes) if in_c else None
 
         def counted(*given: Any) -> Tensor:
             assert made is not None

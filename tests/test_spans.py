@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 import math
+import platform
 import random
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from sparring import native, spans
+from sparring import chosen, native, spans
 from sparring.attention import Rule
 from sparring.spans import Kernel, Rows, Seen
 
@@ -226,6 +228,52 @@ def test_what_cannot_be_had_is_told(monkeypatch: pytest.MonkeyPatch, caplog: pyt
         assert "no-such-flag" in said()
     monkeypatch.setenv("CC", "no_such_compiler")
     assert said().endswith("there is no C compiler `no_such_compiler`")
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="flags of these machines")
+@pytest.mark.parametrize("without", [("-mno-amx-bf16",), ("-mno-avx512f",), ("-mno-avx512f", "-mno-avx2", "-mno-fma")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_machines_that_can_do_less_compute_the_same(
+    without: tuple[str, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "_FLAGS", (*native._FLAGS, *without))
+    for groups, shared, width in ((2, 2, 64), (8, 1, 6)):
+        sizes = {"GROUPS": groups, "SHARED": shared, "WIDTH": width} | ({"HALF": 1} if dtype == torch.bfloat16 else {})
+        assert spans._problem(spans._loaded(sizes), dtype, groups, shared, width) is None
+    assert chosen._problem(chosen._loaded(dtype), dtype) is None
+
+
+def test_first_used_within_a_checkpoint_it_is_not_counted() -> None:
+    """Its trial saves tensors, which a checkpoint would miss when it computes again."""
+    own, (_, seen) = states([[9, 30]], 1, 2, 16, torch.float32), table([[9, 30]])
+    expected = both(spans.attend(kernel(torch.float32, 1, 2, 16), *own, seen, 0.25), own)
+    spans.kernel.cache_clear()
+
+    def layer(*given: Tensor) -> Tensor:
+        return spans.attend(kernel(torch.float32, 1, 2, 16), *given, seen, 0.25)
+
+    found = both(checkpoint(layer, *own, use_reentrant=False), own)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_where_tiles_are_refused_other_products_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    library, asked = spans.library, list[int]()
+
+    def refusing(name: str, sizes: dict[str, int]) -> Any:
+        made = library(name, sizes)
+        asked.append(sizes.get("UNTILED", 0))
+        made.refused = lambda: not asked[-1]
+        return made
+
+    monkeypatch.setattr(spans, "library", refusing)
+    made = spans._loaded({"GROUPS": 1, "SHARED": 2, "WIDTH": 16, "HALF": 1})
+    assert asked == [0, 1] and spans._problem(made, torch.bfloat16, 1, 2, 16) is None
+
+
+def test_other_rows_than_those_of_the_spans_are_refused() -> None:
+    own, (_, seen) = states([[9, 30]], 1, 1, 8, torch.float32), table([[9, 31]])
+    with pytest.raises(ValueError, match="39 queries and 39 keys for rows of 40 tokens"):
+        spans.attend(kernel(torch.float32, 1, 1, 8), *own, seen, 1.0)
 
 
 def test_no_memory_is_an_error() -> None:

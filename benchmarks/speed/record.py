@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -61,8 +62,9 @@ def emit(row: Mapping[str, Any], out: Path | None) -> None:
 
 
 def command() -> str:
-    """What this process was started with."""
-    return " ".join(["python", *sys.argv])
+    """What this process was started with, but for where it writes to; of other absolute paths the last part."""
+    given = [part for before, part in pairwise(["", *sys.argv]) if "--out" not in (before, part)]
+    return " ".join(["python", *(Path(part).name if part.startswith("/") else part for part in given)])
 
 
 def hardware() -> dict[str, Any]:

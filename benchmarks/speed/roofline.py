@@ -304,8 +304,9 @@ VIEWS = {
     *("aten::_to_copy", "aten::clone", "aten::contiguous", "aten::detach", "aten::empty_like", "aten::resize_"),
 }
 OWN = {
-    **dict.fromkeys(("attention", "TilesBackward", "WholeBackward", "_PadBackward", "_UnpadBackward"), "attention"),
-    **dict.fromkeys(("vocabulary", "_Chosen", "_ChosenBackward"), "vocabulary"),
+    **dict.fromkeys(("attention", "_AttentionBackward", "TilesBackward", "WholeBackward"), "attention"),
+    **dict.fromkeys(("_PadBackward", "_UnpadBackward"), "attention"),
+    **dict.fromkeys(("vocabulary", "_InC", "_InCBackward", "_InTorch", "_InTorchBackward"), "vocabulary"),
 }
 """Whose time includes that of all that they call."""
 

@@ -11,9 +11,9 @@ MOST_LOGITS = 2**27
 PIECE_LOGITS = 2**25
 """Of a piece of the vocabulary's projection where they are more than that."""
 MOST_SCORES = 2**26
-"""Attention weights of a pass on CPU that are kept for its backward pass, instead of made again."""
+"""Attention weights of a pass on a CPU without attention in C that are kept for its backward pass, instead of made again."""
 SHORT = 128
-"""Longest row of which attention takes all queries together, in as many rows as there are."""
+"""Longest row of which attention takes there all queries together, in as many rows as there are."""
 BLOCK, BLOCK_HALF = 128, 192
 """Queries of longer rows that attention takes together, in two bytes a number more: those are multiplied faster."""
 _WASTE = 96 * 96

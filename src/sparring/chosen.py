@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sparring import native
 from sparring.native import library
 
 log = logging.getLogger("sparring")
@@ -64,10 +65,10 @@ def _loaded(dtype: torch.dtype) -> Kernel:
 def _problem(made: Kernel, dtype: torch.dtype) -> str | None:
     """What is wrong with a kernel, tried on three rows of random numbers; None where nothing is."""
     random = torch.Generator().manual_seed(0)
-    logits = torch.randn(3, 1100, generator=random).mul(4).to(dtype)
-    tokens, upstream = torch.tensor([0, 1099, 500]), torch.tensor([1.0, -2.0, 0.5])
+    logits = torch.randn(3, 1100, generator=random, dtype=torch.float32).mul(4).to(dtype)
+    tokens, upstream = torch.tensor([0, 1099, 500]), torch.tensor([1.0, -2.0, 0.5], dtype=torch.float32)
     found: list[tuple[Tensor, Tensor]] = []
-    with torch.enable_grad():
+    with native.apart():
         for wide in (False, True):
             own = (logits.float() if wide else logits.clone()).requires_grad_()
             out = _InTorch.apply(own, tokens) if wide else _InC.apply(made, own, tokens)  # type: ignore[no-untyped-call]
@@ -80,8 +81,10 @@ class _InC(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, kernel: Kernel, logits: Tensor, tokens: Tensor) -> Tensor:
         logits, tokens = logits.contiguous(), tokens.contiguous()
+        if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < logits.shape[1]:
+            raise IndexError(f"a token is beyond the {logits.shape[1]} of the vocabulary: {int(tokens.max())}")
         out: Tensor
-        out, tops, sums = torch.empty(3, len(logits))
+        out, tops, sums = torch.empty(3, len(logits), dtype=torch.float32)
         kernel.forward(*(x.data_ptr() for x in (logits, tokens, out, tops, sums)), *logits.shape)
         ctx.save_for_backward(logits, tokens, tops, sums)
         ctx.kernel = kernel

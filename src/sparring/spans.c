@@ -6,7 +6,8 @@
    computed one by one, each from its own first token on, so that none depends on what stands beside it.
 
    Queries are taken a block at a time and lie in the lanes of vectors, keys one after the other: largest weights and
-   sums are then taken lane by lane. Where the CPU multiplies tiles of bfloat16, products are its own (TILED). */
+   sums are then taken lane by lane. Weights are made again in the backward pass (Dao et al. 2022, arXiv 2205.14135). Where
+   the CPU multiplies tiles of bfloat16, products are its own (TILED). */
 
 #include "lanes.h"
 
@@ -18,7 +19,7 @@
 
 /* What products are made of: rows of WIDE numbers, zero behind WIDTH. The right side of one has two layouts: [k, n], or,
    TILED, [k / 2, n, 2]. */
-#if defined HALF && defined __AMX_BF16__ && defined __AVX512BF16__
+#if defined HALF && defined __AMX_BF16__ && defined __AVX512BF16__ && !defined UNTILED
 #define TILED
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -53,6 +54,7 @@ struct tiles {
 
 /* c [m, n] = a [m, k] b [k, n], or that much more; all three are multiples of 32. */
 static void product(struct left a, const operand *b, float *c, int m, int n, int k, int more) {
+    __asm__ volatile("" ::: "memory"); /* loading a tile does not tell the compiler that it reads */
     for (int i = 0; i < m; i += 32)
         for (int j = 0; j < n; j += 32) {
             float *to = c + (int64_t)i * n + j;

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sparring import native
 from sparring.attention import Rule
 from sparring.native import library
 from sparring.tiles import scores
@@ -92,7 +93,7 @@ def _lowest(rule: Rule, longest: int) -> Tensor | None:
     place, zero = torch.arange(longest), torch.zeros((), dtype=torch.long)
     found = []
     for some in torch.split(place, max(1, _ROWS // longest)):
-        mask = rule(zero, zero, some[:, None], place).expand(len(some), -1)
+        mask = rule(zero, zero, some[:, None], place).expand(len(some), longest)
         first = mask.to(torch.uint8).argmax(1)
         if not torch.equal(mask, (place >= first[:, None]) & (place <= some[:, None])):
             return None
@@ -126,8 +127,8 @@ def kernel(dtype: torch.dtype, groups: int, shared: int, width: int) -> Kernel |
 
 def _loaded(sizes: dict[str, int]) -> Kernel:
     made = library("spans.c", sizes)
-    if made.refused():
-        raise OSError("this process may not multiply tiles of bfloat16")
+    if made.refused():  # a container, or an old kernel, may not let it use the CPU's tiles
+        made = library("spans.c", sizes | {"UNTILED": 1})
     pointer, number, scale = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
     made.forward.argtypes = [*[pointer] * 9, number, scale]
     made.backward.argtypes = [*[pointer] * 13, number, scale]
@@ -136,6 +137,8 @@ def _loaded(sizes: dict[str, int]) -> Kernel:
 
 def attend(kernel: Kernel, query: Tensor, key: Tensor, value: Tensor, seen: Seen, scale: float) -> Tensor:
     """Attention [N, heads, D] of queries [N, heads, D] over keys and values [N, key heads, D]; gradients flow."""
+    if not len(query) == len(key) == len(value) == seen.spans.shape[1]:
+        raise ValueError(f"{len(query)} queries and {len(key)} keys for rows of {seen.spans.shape[1]} tokens")
     return _Attention.apply(kernel, query, key, value, seen, scale)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -146,7 +149,7 @@ class _Attention(torch.autograd.Function):
     ) -> Tensor:
         query, key, value = (_dense(x) for x in (query, key, value))
         out = torch.empty(query.shape, dtype=query.dtype)
-        tops, shares = torch.empty(2, query.shape[1], len(query))
+        tops, shares = torch.empty(2, query.shape[1], len(query), dtype=torch.float32)
         strides = _strides(query, key, value)
         given = (query, key, value, strides, seen.firsts, seen.spans, out, tops, shares)
         _call(kernel.forward, given, seen, scale)
@@ -187,15 +190,16 @@ def _problem(made: Kernel, dtype: torch.dtype, groups: int, shared: int, width: 
     assert table is not None
     heads = groups * shared
     query, key, value, upstream = (
-        torch.randn(size, n, width, generator=random).to(dtype) for n in (heads, groups, groups, heads)
+        torch.randn(size, n, width, generator=random, dtype=torch.float32).to(dtype)
+        for n in (heads, groups, groups, heads)
     )
     row = torch.tensor([0] * 50 + [1] * 9)
     hidden = (row != row[:, None]) | (torch.arange(size) > torch.arange(size)[:, None])
-    bias = torch.zeros(size, size).masked_fill(hidden, -torch.inf)
+    bias = torch.zeros(size, size, dtype=torch.float32).masked_fill(hidden, -torch.inf)
     found = []
     for inner in (True, False):
         leaves = [x.detach().to(dtype if inner else torch.float32).requires_grad_() for x in (query, key, value)]
-        with torch.enable_grad():
+        with native.apart():
             if inner:
                 out = attend(made, leaves[0], leaves[1], leaves[2], table, width**-0.5)
             else:

@@ -1,6 +1,6 @@
-"""Attention's own arithmetic: sums over the keys that a query may see, and what learning on a CPU needs of them.
+"""Attention's own arithmetic by torch: sums over the keys that a query may see, and what learning on a CPU needs of them.
 
-There rows of up to `batching.SHORT` tokens are computed together (`Whole`); longer ones tile by tile (`Tiles`), each
+That is where it cannot be in C (`spans.py`): rows of up to `batching.SHORT` tokens are computed together (`Whole`); longer ones tile by tile (`Tiles`), each
 against the keys that its queries may see.
 """
 

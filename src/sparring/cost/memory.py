@@ -44,7 +44,7 @@ class Pass:
 
     @property
     def padded(self) -> int:
-        """Tokens that attention works on."""
+        """Tokens that attention works on, on a GPU and by the plain path."""
         return self.rows * self.longest
 
 

@@ -1,7 +1,7 @@
 """Floating-point operations, bytes and seconds of passes and of decoding; a product and its sum are two operations.
 
 A token costs 2 operations per weight of the matrices it meets, a backward pass twice its forward pass. Attention is
-counted as it is computed: over whole padded rows, masked or not. Source: the cost model of docs/plan.md.
+counted over whole padded rows, masked or not, as a GPU computes it; a CPU computes less. Source: the cost model of docs/plan.md.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Decoding in slots: a row that ends gives its place to the next prompt, whatever the others are at.
 
-Keys and values of every slot lie in one store per layer that is made once; on CPUs `native.py` attends to them. Prompts
+Keys and values of every slot lie in one store per layer that is made once; on CPUs `decode.c` attends to them. Prompts
 are read in one row without padding, those that follow each other and are equal only once; a step is one row of one token
 per slot. Both are the packed rows of `attention.py`, so any model that can be trained on those can be decoded so:
 `decodes` tries it once per model.
@@ -23,7 +23,7 @@ from torch.nn import functional
 from sparring.attention import Layout, Rule, States, packed, unwrapped
 from sparring.logps import batches, packs, pass_tokens
 from sparring.packed import head
-from sparring.play.native import kernel
+from sparring.play.decode import kernel
 from sparring.play.padded import Choose, Prompts, Row
 from sparring.progress import OnRows, silent
 from sparring.tiles import scores

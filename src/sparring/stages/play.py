@@ -207,6 +207,7 @@ class _Graphs:
         sharing = sum(other.split for other in self._r.turns) if turn.split else 1
         answers, size = prompts * len(indices) // sharing, settings.batch_size
         short = answers * settings.max_new_tokens < graphs.LEAST_STEPS * size
+        short = short or min(size, len(asked) * len(indices)) < 2  # a single row is played plainly
         if not always and (short if name not in record else not record[name]["pays"]):
             return None
         model = shop.model(player)

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparring import native as building
-from sparring.play import native
+from sparring import native
+from sparring.play import decode
 
 SIZES = [
     (1, 1, 8),
@@ -54,7 +54,7 @@ def states(dtype: torch.dtype, groups: int, shared: int, width: int, spread: flo
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 2e-6), (torch.bfloat16, 2**-8)])
 def test_it_is_attention_over_a_rows_own_keys(sizes: tuple[int, int, int], dtype: torch.dtype, most: float) -> None:
     """float32 to 2e-6; bfloat16 to half a step of its own, as sums are float32."""
-    made = native.kernel(dtype, *sizes)
+    made = decode.kernel(dtype, *sizes)
     assert made is not None
     for spread in (0.01, 1.0, 2.0):
         query, key, value, keys, values = states(dtype, *sizes, spread=spread)
@@ -71,7 +71,7 @@ def test_it_is_attention_over_a_rows_own_keys(sizes: tuple[int, int, int], dtype
 
 
 def test_a_row_is_the_same_to_the_bit_whatever_stands_beside_it() -> None:
-    made = native.kernel(torch.float32, 2, 2, 16)
+    made = decode.kernel(torch.float32, 2, 2, 16)
     assert made is not None
     query, key, value, keys, values = states(torch.float32, 2, 2, 16)
     whole = made(query, key, value, keys, values, FIRST, END, 0.25)
@@ -82,7 +82,7 @@ def test_a_row_is_the_same_to_the_bit_whatever_stands_beside_it() -> None:
 
 def test_scores_far_apart_and_numbers_that_are_none() -> None:
     """A key ahead by 1,000 takes everything; a NaN stays one, in its own row only."""
-    made = native.kernel(torch.float32, 1, 1, 8)
+    made = decode.kernel(torch.float32, 1, 1, 8)
     assert made is not None
     query, key, value, keys, values = states(torch.float32, 1, 1, 8)
     keys[4, 0, 7] = query[4, 0] * 1000 / float(query[4, 0].square().sum())
@@ -92,22 +92,22 @@ def test_scores_far_apart_and_numbers_that_are_none() -> None:
     assert got.isnan().nonzero().tolist() == [[3, 0, 2]]
     keys[2, 0, 5, 0] = math.nan
     assert made(query, key, value, keys, values, FIRST, END, 1.0)[2].isnan().all()
-    half = native.kernel(torch.bfloat16, 1, 1, 8)
+    half = decode.kernel(torch.bfloat16, 1, 1, 8)
     assert half is not None
     narrow = [x.bfloat16() for x in (query, key, value, keys, values)]
     assert half(*narrow, FIRST, END, 1.0)[2].isnan().all()  # type: ignore[call-arg,arg-type]
 
 
 def test_other_types_are_left_to_torch() -> None:
-    assert native.kernel(torch.float16, 2, 2, 16) is None
-    assert native.kernel(torch.float64, 2, 2, 16) is None
+    assert decode.kernel(torch.float16, 2, 2, 16) is None
+    assert decode.kernel(torch.float64, 2, 2, 16) is None
 
 
 @pytest.fixture
 def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """`native.kernel` as a new process would run it, with a cache of its own."""
+    """`decode.kernel` as a new process would run it, with a cache of its own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    return native.kernel.__wrapped__
+    return decode.kernel.__wrapped__
 
 
 ONE = (torch.float32, 1, 2, 8)
@@ -116,13 +116,13 @@ ONE = (torch.float32, 1, 2, 8)
 def test_it_is_compiled_once_for_its_sizes(fresh: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert fresh(*ONE) is not None and fresh(torch.bfloat16, 1, 2, 8) is not None
     assert len(list((tmp_path / "sparring").iterdir())) == 2
-    monkeypatch.setattr(building, "_compile", lambda *_: pytest.fail("compiled again"))
+    monkeypatch.setattr(native, "_compile", lambda *_: pytest.fail("compiled again"))
     assert fresh(*ONE) is not None
 
 
 def test_another_machine_compiles_its_own(fresh: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fresh(*ONE)
-    monkeypatch.setattr(building, "_machine", lambda: b"another")
+    monkeypatch.setattr(native, "_machine", lambda: b"another")
     fresh(*ONE)
     assert len(list((tmp_path / "sparring").iterdir())) == 2
 
@@ -151,15 +151,15 @@ def test_no_compiler_one_that_fails_and_wrong_code_are_told(
         caplog.clear()
         return record.getMessage()
 
-    flags = building._FLAGS
-    monkeypatch.setattr(building, "_FLAGS", (*flags, "-Dexponential(x)=0.5f"))
+    flags = native._FLAGS
+    monkeypatch.setattr(native, "_FLAGS", (*flags, "-Dexponential(x)=0.5f"))
     assert "attention in C cannot be had, decoding takes longer: " in said()
     with monkeypatch.context() as patch:
-        wrapped = native._wrapped
-        patch.setattr(building, "_FLAGS", flags)
-        patch.setattr(native, "_wrapped", lambda made: lambda *given: wrapped(made)(*given) + 2e-4)
+        wrapped = decode._wrapped
+        patch.setattr(native, "_FLAGS", flags)
+        patch.setattr(decode, "_wrapped", lambda made: lambda *given: wrapped(made)(*given) + 2e-4)
         assert said().endswith("its results are off by 0.0002")
-    monkeypatch.setattr(building, "_FLAGS", (*flags, "--no-such-flag"))
+    monkeypatch.setattr(native, "_FLAGS", (*flags, "--no-such-flag"))
     assert "no-such-flag" in said()
     monkeypatch.setenv("CC", "no_such_compiler")
     assert said().endswith("there is no C compiler `no_such_compiler`")
