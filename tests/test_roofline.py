@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from helpers import script
+from sparring import chosen, spans, tiles
 from sparring.logps import packed_token_logps
 
 floor = script("speed/floor")
@@ -68,3 +70,11 @@ def test_a_step_of_the_optimizer_reads_and_writes_weights_moments_and_gradients(
     of = floor.sizes(model, 2)
     assert floor.stepped(of, moments=2).moved == of.parameters * (4 * 8 + 6)
     assert floor.stepped(floor.sizes(model, 4), moments=1).moved == of.parameters * 4 * 6
+
+
+def test_the_profile_knows_our_own_operations_by_their_names() -> None:
+    """Each would be told as Python's time otherwise."""
+    file = Path(__file__).parents[1] / "benchmarks/speed/roofline.py"
+    own = file.read_text(encoding="utf-8").split("OWN = {")[1].split("\n}")[0]
+    for made in (spans._Attention, chosen._InC, chosen._InTorch, tiles.Tiles, tiles.Whole):
+        assert f'"{made.__name__}Backward"' in own
