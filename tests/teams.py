@@ -15,7 +15,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sparring import adapters, methods
+from sparring import adapters, chosen, methods
 from sparring.adapters import Base
 from sparring.config import ModelConfig, TrainConfig
 from sparring.crew import FOLDER, Rank
@@ -204,6 +204,7 @@ class Casts(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
+        chosen.kernel(torch.bfloat16)  # whose trial casts too
         self._made: list[tuple[StorageWeakRef, int]] = []
         self.held = 0
 
