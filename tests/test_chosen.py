@@ -126,7 +126,7 @@ def test_what_cannot_be_had_is_told(monkeypatch: pytest.MonkeyPatch, caplog: pyt
 
     for direction in ("forward", "backward"):
         with monkeypatch.context() as patch:
-            broken: Any = lambda dtype, which=direction: shorter(loaded(dtype), which)  # noqa: E731
+            broken: Any = lambda sizes, which=direction: shorter(loaded(sizes), which)  # noqa: E731
             patch.setattr(module, "_loaded", broken)
             assert said().startswith("log-probs in C cannot be had, passes take longer: its results are off by ")
     with monkeypatch.context() as patch:

@@ -255,15 +255,8 @@ def test_a_short_stage_is_not_tried(tiny_recipe: dict[str, Any], eager: Eager, m
     assert record_of(sparring.run(tiny_recipe).path) == {} and not eager.widths
 
 
-@pytest.mark.usefixtures("tried")
-def test_a_stage_goes_on_as_it_began(
-    monkeypatch: pytest.MonkeyPatch, tiny_recipe: dict[str, Any], eager: Eager, tmp_path: Path
-) -> None:
-    """A graph that rounds in a way of its own is taken for the chunks after a kill, whatever a second trial would say."""
-    eager.scale = 1 + 1e-6
-    whole = sparring.run(tiny_recipe).path
-    assert list(record_of(whole)) == PLAYED and all(found["pays"] for found in record_of(whole).values())
-    tiny_recipe["run"] = str(tmp_path / "killed")
+def stopped(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Ctrl-C in the second chunk that is played; the graphs of all chunks as they are asked for."""
     play, calls = hf.play, list[Any]()
 
     def stop(*given: Any, **named: Any) -> Any:
@@ -274,6 +267,19 @@ def test_a_stage_goes_on_as_it_began(
         return play(*given, **named)
 
     monkeypatch.setattr(hf, "play", stop)
+    return calls
+
+
+@pytest.mark.usefixtures("tried")
+def test_a_stage_goes_on_as_it_began(
+    monkeypatch: pytest.MonkeyPatch, tiny_recipe: dict[str, Any], eager: Eager, tmp_path: Path
+) -> None:
+    """A graph that rounds in a way of its own is taken for the chunks after a kill, whatever a second trial would say."""
+    eager.scale = 1 + 1e-6
+    whole = sparring.run(tiny_recipe).path
+    assert list(record_of(whole)) == PLAYED and all(found["pays"] for found in record_of(whole).values())
+    tiny_recipe["run"] = str(tmp_path / "killed")
+    play, calls = hf.play, stopped(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         sparring.run(tiny_recipe)
     assert list(record_of(tmp_path / "killed")) == PLAYED[:1]
@@ -291,16 +297,7 @@ def test_a_stage_that_began_without_a_graph_goes_on_without(
     monkeypatch: pytest.MonkeyPatch, tiny_recipe: dict[str, Any], eager: Eager
 ) -> None:
     monkeypatch.setattr(compiled, "WORTH", 1e9)
-    play, calls = hf.play, list[Any]()
-
-    def stop(*given: Any, **named: Any) -> Any:
-        if "graph" in named:  # and not the guard's
-            calls.append(named["graph"])
-        if "graph" in named and len(calls) == 2:
-            raise KeyboardInterrupt
-        return play(*given, **named)
-
-    monkeypatch.setattr(hf, "play", stop)
+    calls = stopped(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         sparring.run(tiny_recipe)
     monkeypatch.setattr(compiled, "WORTH", -1e9)

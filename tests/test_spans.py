@@ -237,9 +237,10 @@ def test_machines_that_can_do_less_compute_the_same(
     without: tuple[str, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(native, "_FLAGS", (*native._FLAGS, *without))
-    sizes = {"GROUPS": 1, "SHARED": 2, "WIDTH": 40} | ({"HALF": 1} if dtype == torch.bfloat16 else {})
-    assert spans._problem(spans._loaded(sizes), dtype, 1, 2, 40) is None
-    assert chosen._problem(chosen._loaded(dtype), dtype) is None
+    half = {"HALF": 1} if dtype == torch.bfloat16 else {}
+    made = spans._loaded({"GROUPS": 1, "SHARED": 2, "WIDTH": 40} | half)
+    assert spans._problem(made, dtype, 1, 2, 40) is None
+    assert chosen._problem(chosen._loaded(half), dtype) is None
 
 
 def test_first_used_within_a_checkpoint_it_is_not_counted() -> None:

@@ -6,8 +6,6 @@ On CPUs it is in C (`chosen.c`), which reads them in their own precision; elsewh
 from __future__ import annotations
 
 import ctypes
-import logging
-import subprocess
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -16,8 +14,6 @@ from torch import Tensor
 
 from sparring import native
 from sparring.native import library
-
-log = logging.getLogger("sparring")
 
 _BLOCK = 2**17
 
@@ -40,21 +36,18 @@ class Kernel(NamedTuple):
 @cache
 def kernel(dtype: torch.dtype) -> Kernel | None:
     """The kernel for logits of this precision; None where it cannot be had."""
-    if dtype not in (torch.bfloat16, torch.float32):
+    sizes = native.sized(dtype)
+    if sizes is None:
         return None
-    try:
-        made = _loaded(dtype)
-        problem = _problem(made, dtype)
-    except (OSError, subprocess.SubprocessError) as error:
-        problem = str(error)
-    if problem:
-        log.info("log-probs in C cannot be had, passes take longer: %s", problem)
-        return None
-    return made
+    return native.tried(
+        lambda: _loaded(sizes),
+        lambda made: _problem(made, dtype),
+        "log-probs in C cannot be had, passes take longer",
+    )
 
 
-def _loaded(dtype: torch.dtype) -> Kernel:
-    made = library("chosen.c", {"HALF": 1} if dtype == torch.bfloat16 else {})
+def _loaded(sizes: dict[str, int]) -> Kernel:
+    made = library("chosen.c", sizes)
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     made.forward.argtypes = [*[pointer] * 5, number, number]
     made.backward.argtypes = [*[pointer] * 6, number, number]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import hashlib
+import logging
 import os
 import platform
 import shutil
@@ -16,11 +17,40 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger("sparring")
+
+Made = TypeVar("Made")
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 _SHARED = b'#include "lanes.h"\n'
 _NEEDS = {"x86_64": ("-mprefer-vector-width=512",)}
+
+
+def tried(load: Callable[[], Made], problem: Callable[[Made], str | None], lost: str) -> Made | None:
+    """What `load` makes of a library, if `problem` finds nothing wrong with it; else None, and one line that says why.
+
+    lost: what cannot be had, and what that means.
+    """
+    try:
+        made = load()
+        why = problem(made)
+    except (OSError, subprocess.SubprocessError) as error:
+        why = str(error)
+    if why:
+        log.info("%s: %s", lost, why)
+        return None
+    return made
+
+
+def sized(dtype: torch.dtype, **sizes: int) -> dict[str, int] | None:
+    """What C files are compiled for, for numbers of this type; None for types that they do not know."""
+    import torch
+
+    return {torch.float32: sizes, torch.bfloat16: sizes | {"HALF": 1}}.get(dtype)
 
 
 @contextlib.contextmanager

@@ -6,8 +6,6 @@ Nothing is padded, copied or kept but a number or two per token and head: weight
 from __future__ import annotations
 
 import ctypes
-import logging
-import subprocess
 from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
@@ -19,8 +17,6 @@ from sparring import native
 from sparring.attention import Rule
 from sparring.native import library
 from sparring.tiles import scores
-
-log = logging.getLogger("sparring")
 
 _ROWS = 2**22
 """Pairs of positions that a rule is asked of at a time."""
@@ -111,18 +107,14 @@ class Kernel(NamedTuple):
 @cache
 def kernel(dtype: torch.dtype, groups: int, shared: int, width: int) -> Kernel | None:
     """The kernel for so many key heads, query heads for each and numbers a head; None where it cannot be had."""
-    if dtype not in (torch.bfloat16, torch.float32):
+    sizes = native.sized(dtype, GROUPS=groups, SHARED=shared, WIDTH=width)
+    if sizes is None:
         return None
-    sizes = {"GROUPS": groups, "SHARED": shared, "WIDTH": width} | ({"HALF": 1} if dtype == torch.bfloat16 else {})
-    try:
-        made = _loaded(sizes)
-        problem = _problem(made, dtype, groups, shared, width)
-    except (OSError, subprocess.SubprocessError) as error:
-        problem = str(error)
-    if problem:
-        log.info("attention in C cannot be had, passes take longer: %s", problem)
-        return None
-    return made
+    return native.tried(
+        lambda: _loaded(sizes),
+        lambda made: _problem(made, dtype, groups, shared, width),
+        "attention in C cannot be had, passes take longer",
+    )
 
 
 def _loaded(sizes: dict[str, int]) -> Kernel:

@@ -8,8 +8,6 @@ something else, decoding goes on without, slower.
 from __future__ import annotations
 
 import ctypes
-import logging
-import subprocess
 from collections.abc import Callable
 from functools import cache
 
@@ -17,9 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from sparring import native
 from sparring.native import library
-
-log = logging.getLogger("sparring")
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], Tensor]
 """query [N, heads, D], the new key and value [N, key heads, D], all keys and values [≥ N, key heads, room, D], which of
@@ -29,18 +26,14 @@ them a row sees (from and to, int64 [N]; the new ones go to the last place) and 
 @cache
 def kernel(dtype: torch.dtype, groups: int, shared: int, width: int) -> Kernel | None:
     """The kernel for so many key heads, query heads for each and numbers a head; None where it cannot be had."""
-    if dtype not in (torch.bfloat16, torch.float32):
+    sizes = native.sized(dtype, GROUPS=groups, SHARED=shared, WIDTH=width)
+    if sizes is None:
         return None
-    sizes = {"GROUPS": groups, "SHARED": shared, "WIDTH": width} | ({"HALF": 1} if dtype == torch.bfloat16 else {})
-    try:
-        made = _wrapped(library("play/decode.c", sizes))
-        problem = _problem(made, dtype, groups, shared, width)
-    except (OSError, subprocess.SubprocessError) as error:
-        problem = str(error)
-    if problem:
-        log.info("attention in C cannot be had, decoding takes longer: %s", problem)
-        return None
-    return made
+    return native.tried(
+        lambda: _wrapped(library("play/decode.c", sizes)),
+        lambda made: _problem(made, dtype, groups, shared, width),
+        "attention in C cannot be had, decoding takes longer",
+    )
 
 
 def _wrapped(library: ctypes.CDLL) -> Kernel:
