@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import math
 import platform
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -143,16 +145,25 @@ def test_scores_far_apart_and_numbers_that_are_none(dtype: torch.dtype) -> None:
         assert not broken[row.stop :].any()
 
 
-def test_torch_multiplies_bfloat16_as_before() -> None:
-    """Its library remembers what it has set up in the CPU's tiles."""
-    make = torch.Generator().manual_seed(0)
-    a, b = (torch.randn(160, 160, generator=make).bfloat16() for _ in range(2))
-    before = a @ b
+@pytest.mark.skipif(b"amx_bf16" not in native._machine(), reason="the CPU has no tiles")
+def test_others_find_the_tiles_as_they_had_set_them_up(tmp_path: Path) -> None:
+    """Libraries remember what they have set up on a thread; here the first tile has seven rows."""
+    probe = b"""#include <immintrin.h>
+    static unsigned char set[64] = {1};
+    void begin(void) { set[16] = 64, set[48] = 7; _tile_loadconfig(set); }
+    int rows(void) { unsigned char now[64]; _tile_storeconfig(now); _tile_release(); return now[48]; }
+    """
+    native._compile(["cc", "-march=native", "-shared", "-fPIC"], probe, tmp_path / "probe.so")
+    made = ctypes.CDLL(str(tmp_path / "probe.so"))
     own = states(SEGMENTS, 2, 2, 64, torch.bfloat16)
-    out = spans.attend(kernel(torch.bfloat16, 2, 2, 64), *own, table(SEGMENTS)[1], 0.125)
-    assert torch.equal(a @ b, before)
-    torch.autograd.grad(out.sum(), own)
-    assert torch.equal(a @ b, before)
+    attention, seen = kernel(torch.bfloat16, 2, 2, 64), table(SEGMENTS)[1]
+    made.begin()
+    out = spans.attend(attention, *own, seen, 0.125)
+    assert made.rows() == 7
+    upstream = torch.ones_like(out)
+    made.begin()
+    torch.autograd.grad(out, own, upstream)
+    assert made.rows() == 7
 
 
 def test_what_tokens_see_by_hand() -> None:

@@ -455,3 +455,9 @@ def test_a_non_finite_loss_is_not_stepped_on() -> None:
     assert torch.equal(flat(model), before)
     assert states.kept == [0]
     assert states.rows == []
+
+
+def test_adamw_takes_one_pass_on_a_cpu_but_not_for_shards_beside_whole_tensors() -> None:
+    parameters = [torch.nn.Parameter(torch.ones(2, 2))]
+    made = [make_optimizer(parameters, TrainConfig(optimizer="adamw"), foreach) for foreach in (None, False)]
+    assert [own.defaults["fused"] for own in made] == [True, None]
