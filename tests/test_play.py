@@ -13,6 +13,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from sparring import fused
 from sparring.batching import filler
 from sparring.config import PlayConfig
 from sparring.errors import InputError, NonFiniteError
@@ -469,7 +470,8 @@ def test_blocks_give_the_token_that_one_sum_over_the_vocabulary_gives(size: int)
     assert weights.gather(-1, got[:, None]).min() > 0
 
 
-def test_frozen_weights_are_cast_once_and_stay_frozen(llama: Any) -> None:
+def test_frozen_weights_are_cast_once_and_stay_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a model's own layers; those of fused.py are tried in test_fused.py."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Casts(TorchDispatchMode):
@@ -480,6 +482,7 @@ def test_frozen_weights_are_cast_once_and_stay_frozen(llama: Any) -> None:
                 self.shapes.append(tuple(args[0].shape))
             return function(*args, **(kwargs or {}))
 
+    monkeypatch.setattr(fused, "layers", lambda _: [])
     model = tiny("llama").requires_grad_(False)
     assert slots.decodes(model)
     with Casts() as casts:

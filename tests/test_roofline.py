@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from helpers import script
-from sparring import chosen, spans, tiles
+from sparring import chosen, fused, spans, tiles
 from sparring.logps import packed_token_logps
 
 floor = script("speed/floor")
@@ -47,6 +47,7 @@ def test_a_pass_needs_each_token_once_and_the_keys_that_it_may_see(model: Any, l
 @pytest.mark.parametrize("learns", [False, True])
 def test_layers_products_are_those_that_torch_counts(model: Any, learns: bool) -> None:
     need = floor.completed(floor.sizes(model, 4), [(3, [4, 2])], learns)
+    packed_token_logps(model, [PROMPT] * 2, COMPLETIONS)  # so that layers have been tried
     with FlopCounterMode(display=False) as counted, torch.set_grad_enabled(learns):
         logps = packed_token_logps(model, [PROMPT] * 2, COMPLETIONS)
         if learns:
@@ -78,3 +79,5 @@ def test_the_profile_knows_our_own_operations_by_their_names() -> None:
     own = file.read_text(encoding="utf-8").split("OWN = {")[1].split("\n}")[0]
     for made in (spans._Attention, chosen._InC, chosen._InTorch, tiles.Tiles, tiles.Whole):
         assert f'"{made.__name__}Backward"' in own
+    names = file.read_text(encoding="utf-8").split("LAYERS = (")[1].split(")")[0]
+    assert all(f'"{made.__name__}"' in names for made in (fused._Begin, fused._End))

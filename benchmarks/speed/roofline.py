@@ -309,6 +309,8 @@ OWN = {
     **dict.fromkeys(("vocabulary", "_InC", "_InCBackward", "_InTorch", "_InTorchBackward"), "vocabulary"),
 }
 """Whose time includes that of all that they call."""
+LAYERS = ("_Begin", "_End")
+"""Of layers in C, without the products that they call."""
 
 
 def tally(event: Any, whose: str | None, vocabulary: int, parts: Counter[str]) -> None:
@@ -330,7 +332,9 @@ def kind(event: Any, vocabulary: int) -> str:
         return "vocabulary" if any(vocabulary in shape for shape in sizes) else "linear"
     if name in COPIES:
         return "copies"
-    computes = name.startswith("## Call CompiledFxGraph") or (name.startswith("aten::") and name not in VIEWS)
+    computes = name.startswith(("## Call CompiledFxGraph", *LAYERS)) or (
+        name.startswith("aten::") and name not in VIEWS
+    )
     return "elementwise" if computes else "other"
 
 

@@ -54,6 +54,18 @@ def unwrapped(model: Any) -> Any:
 @contextlib.contextmanager
 def packed(model: nn.Module, name: str = NAME) -> Iterator[None]:
     """Within it the model takes rows of several sequences and a `layout`, and no others; not for two threads at once."""
+    from sparring.fused import fused
+
+    if name == NAME and is_packed(model):
+        yield
+        return
+    with named(model, name), fused(model) if name == NAME else contextlib.nullcontext():
+        yield
+
+
+@contextlib.contextmanager
+def named(model: nn.Module, name: str = NAME) -> Iterator[None]:
+    """`packed`, by the model's own layers."""
     configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
     before = [
         (c, c._attn_implementation_internal) for c in configs.values() if hasattr(c, "_attn_implementation_internal")

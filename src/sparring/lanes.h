@@ -4,8 +4,11 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#ifdef __AVX512BF16__
+#ifdef __AVX512F__
 #include <immintrin.h>
+#endif
+#if defined __AVX512BW__ && defined __AVX512VL__
+#define MASKED /* reads and writes some of a vector's numbers, without a way through memory */
 #endif
 
 #define LOG2E 1.44269504f
@@ -37,7 +40,7 @@ INLINE words halved(lanes x) {
     return (known & ((word + 0x7fff + odd) >> 16)) | (~known & 0x7fc0);
 }
 
-/* `count` numbers of those in x. */
+/* `count` numbers of those in x, or all. */
 INLINE void narrow(lanes x, number *to, int count) {
 #if defined HALF && defined __AVX512BF16__
     __m256bh made = _mm512_cvtneps_pbh((__m512)x);
@@ -46,7 +49,37 @@ INLINE void narrow(lanes x, number *to, int count) {
 #else
     lanes made = x;
 #endif
-    memcpy(to, &made, (count < 16 ? count : 16) * sizeof *to);
+    if (count >= 16) memcpy(to, &made, 16 * sizeof *to);
+#if defined MASKED && defined HALF
+    else _mm256_mask_storeu_epi16(to, (1 << count) - 1, (__m256i)made);
+#elif defined MASKED
+    else _mm512_mask_storeu_ps(to, (1 << count) - 1, (__m512)made);
+#else
+    else memcpy(to, &made, count * sizeof *to);
+#endif
+}
+
+/* Sixteen numbers, or `count` and zeros. */
+INLINE lanes wide(const number *from, int count) {
+#ifdef HALF
+    halves x = {0};
+    if (count >= 16) memcpy(&x, from, 32);
+#ifdef MASKED
+    else x = (halves)_mm256_maskz_loadu_epi16((1 << count) - 1, from);
+#else
+    else memcpy(&x, from, count * sizeof *from);
+#endif
+    return (lanes)(__builtin_convertvector(x, words) << 16);
+#else
+    lanes x = {0};
+    if (count >= 16) memcpy(&x, from, 64);
+#ifdef MASKED
+    else x = (lanes)_mm512_maskz_loadu_ps((1 << count) - 1, from);
+#else
+    else memcpy(&x, from, count * sizeof *from);
+#endif
+    return x;
+#endif
 }
 
 INLINE lanes load(const float *from) {

@@ -25,7 +25,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from sparring import batching, packed
+from sparring import attention, batching, packed
 from sparring.attention import is_packed, unwrapped
 from sparring.batching import batches as batches
 from sparring.progress import OnRows, silent
@@ -384,13 +384,15 @@ def _scored(
     # One without any token would not go through the layers, for which processes wait for each other
     passes = [rows for rows in passes if any(completions[i] for i in rows)]
     team = model.team if isinstance(model, Sharded) else None
-    for rows, counts in team.dealt(passes) if team else ((rows, True) for rows in passes):
-        lines = table([prompts[i] for i in rows], [completions[i] for i in rows]).tolist()
-        if not counts:
-            continue
-        for i, line in zip(rows, lines, strict=True):
-            result[i] = line[: len(completions[i])]
-        on_rows(len(rows), sum(len(completions[i]) for i in rows))
+    # Not anew for every pass: what is made of weights once lasts as long
+    with contextlib.nullcontext() if plain else attention.packed(model):
+        for rows, counts in team.dealt(passes) if team else ((rows, True) for rows in passes):
+            lines = table([prompts[i] for i in rows], [completions[i] for i in rows]).tolist()
+            if not counts:
+                continue
+            for i, line in zip(rows, lines, strict=True):
+                result[i] = line[: len(completions[i])]
+            on_rows(len(rows), sum(len(completions[i]) for i in rows))
     return team.joined(result, [len(c) for c in completions]) if team else result
 
 

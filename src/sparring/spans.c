@@ -7,7 +7,7 @@
 
    Queries are taken a block at a time and lie in the lanes of vectors, keys one after the other: largest weights and
    sums are then taken lane by lane. Weights are made again in the backward pass (Dao et al. 2022, arXiv 2205.14135). Where
-   the CPU multiplies tiles of bfloat16, products are its own (TILED). */
+   the CPU multiplies pairs of bfloat16 (PAIRED), or tiles of them (TILED), products are its own. */
 
 #include "lanes.h"
 
@@ -18,11 +18,15 @@
 #define TAKEN (WIDTH * sizeof(number) % 64 ? GROUPS : 1)
 
 /* What products are made of: rows of WIDE numbers, zero behind WIDTH. The right side of one has two layouts: [k, n], or,
-   TILED, [k / 2, n, 2]. */
-#if defined HALF && defined __AMX_BF16__ && defined __AVX512BF16__ && !defined UNTILED
+   PAIRED, [k / 2, n, 2]. */
+#define ROWS 8
+#if defined HALF && defined __AVX512BF16__
+#define PAIRED
+#if defined __AMX_BF16__ && !defined UNTILED
 #define TILED
 #include <sys/syscall.h>
 #include <unistd.h>
+#endif
 typedef uint16_t operand;
 #define WIDE ROUNDED(WIDTH, 32)
 #define DEEP WIDE
@@ -32,14 +36,13 @@ typedef float operand;
 #define WIDE ROUNDED(WIDTH, 16)
 #define DEEP WIDTH             /* of it where it is summed over */
 #define TALL ROUNDED(WIDTH, 8) /* of it where it is the rows of a product */
-#ifdef __AVX512F__
-#define ROWS 8
-#else
+#ifndef __AVX512F__
+#undef ROWS
 #define ROWS 2
 #endif
 #endif
 
-/* The left side of a product: (i, k) is at[i * row + k * column]; `column` is 1 where TILED. */
+/* The left side of a product: (i, k) is at[i * row + k * column]; `column` is 1 where PAIRED. */
 struct left {
     const operand *at;
     int64_t row, column;
@@ -87,6 +90,7 @@ static void product(struct left a, const operand *b, float *c, int m, int n, int
         }
 }
 #else
+/* Rows of a product: 16 columns of it, or 32, behind the other. */
 INLINE void strip(struct left a, const operand *b, float *c, int m, int n, int k, int more, const int parts) {
     for (int i = 0; i < m; i += ROWS) {
         lanes sum[ROWS][2];
@@ -94,6 +98,18 @@ INLINE void strip(struct left a, const operand *b, float *c, int m, int n, int k
             if (more) memcpy(&sum[r][p], c + (int64_t)(i + r) * n + 16 * p, 64);
             else sum[r][p] = (lanes){0};
         }
+#ifdef PAIRED
+        for (int at = 0; at < k; at += 2) {
+            __m512bh x[2];
+            EACH(p, parts) memcpy(&x[p], b + (int64_t)at * n + 32 * p, 64);
+            EACH(r, ROWS) {
+                int32_t both;
+                memcpy(&both, a.at + (i + r) * a.row + at, 4);
+                __m512bh y = (__m512bh)_mm512_set1_epi32(both);
+                EACH(p, parts) sum[r][p] = (lanes)_mm512_dpbf16_ps((__m512)sum[r][p], y, x[p]);
+            }
+        }
+#else
         for (int at = 0; at < k; at++) {
             lanes x[2];
             EACH(p, parts) memcpy(&x[p], b + (int64_t)at * n + 16 * p, 64);
@@ -102,15 +118,17 @@ INLINE void strip(struct left a, const operand *b, float *c, int m, int n, int k
                 EACH(p, parts) sum[r][p] += y * x[p];
             }
         }
+#endif
         EACH(r, ROWS) EACH(p, parts) memcpy(c + (int64_t)(i + r) * n + 16 * p, &sum[r][p], 64);
     }
 }
 
 /* c [m, n] = a [m, k] b [k, n], or that much more; m is a multiple of 8, n of 16. */
 static void product(struct left a, const operand *b, float *c, int m, int n, int k, int more) {
+    const int apart = sizeof(float) / sizeof(operand); /* of a column's numbers: a pair, or one */
     int j = 0;
-    for (; j + 32 <= n; j += 32) strip(a, b + j, c + j, m, n, k, more, 2);
-    if (j < n) strip(a, b + j, c + j, m, n, k, more, 1);
+    for (; j + 32 <= n; j += 32) strip(a, b + apart * j, c + j, m, n, k, more, 2);
+    if (j < n) strip(a, b + apart * j, c + j, m, n, k, more, 1);
 }
 #endif
 
@@ -147,7 +165,7 @@ static void gather(const number *from, int64_t stride, int64_t count, operand *t
     for (int64_t i = 0; i < room; i++, to += WIDE) {
         if (i < count) {
             const number *own = from + i * stride;
-#ifdef TILED
+#ifdef PAIRED
             memcpy(to, own, WIDTH * sizeof *to);
 #else
             for (int d = 0; d < WIDTH; d++) to[d] = widen(own[d]);
@@ -157,9 +175,9 @@ static void gather(const number *from, int64_t stride, int64_t count, operand *t
     }
 }
 
-/* Numbers of a right side of k = SIZE rows of n; `rows` and `to` may be the same where not TILED. */
+/* Numbers of a right side of k = SIZE rows of n; `rows` and `to` may be the same where not PAIRED. */
 INLINE void pair(const operand *rows, operand *to, int n) {
-#ifdef TILED
+#ifdef PAIRED
     for (int i = 0; i < SIZE; i += 2)
         for (int d = 0; d < n; d++) {
             uint32_t both = rows[i * n + d] | (uint32_t)rows[(i + 1) * n + d] << 16;
@@ -170,7 +188,7 @@ INLINE void pair(const operand *rows, operand *to, int n) {
 #endif
 }
 
-#ifdef TILED
+#ifdef PAIRED
 /* [count, WIDE] to [WIDE, count], by way of `place`. */
 static void sideways(const operand *rows, operand *to, operand *place, int64_t count) {
     for (int64_t i = 0; i < count; i += SIZE) pair(rows + i * WIDE, place + i * WIDE, WIDE);
@@ -180,7 +198,7 @@ static void sideways(const operand *rows, operand *to, operand *place, int64_t c
 
 /* A row of weights or of their gradients. */
 INLINE void keep(lanes low, lanes high, operand *to) {
-#ifdef TILED
+#ifdef PAIRED
     __m512bh both = _mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
     memcpy(to, &both, 64);
 #else
@@ -313,7 +331,7 @@ int forward(const number *query, const number *key, const number *value, const i
             operand *queries = TABLE(operand, SIZE * WIDE), *columns = TABLE(operand, SIZE * WIDE);
             gather(key + row * strides[2] + group * strides[3], strides[2], size, keys, padded);
             gather(value + row * strides[4] + group * strides[5], strides[4], size, values, padded);
-#ifdef TILED
+#ifdef PAIRED
             operand *turned = TABLE(operand, padded * WIDE), *paired = TABLE(operand, padded * SIZE);
             sideways(values, turned, TABLE(operand, padded * WIDE), padded);
 #endif
@@ -348,7 +366,7 @@ int forward(const number *query, const number *key, const number *value, const i
                         }
                         keep(x[0], x[1], weights + t * SIZE);
                     }
-#ifdef TILED
+#ifdef PAIRED
                     for (int64_t t = 0; t < count; t += SIZE) pair(weights + t * SIZE, paired + t * SIZE, SIZE);
                     const operand *w = paired;
 #else
@@ -356,7 +374,7 @@ int forward(const number *query, const number *key, const number *value, const i
 #endif
                     for (int part = 0; part < b.parts; part++) {
                         int start = b.start[part], seen = b.end[part] - start;
-#ifdef TILED
+#ifdef PAIRED
                         struct left side = {turned + start, padded, 1};
 #else
                         struct left side = {values + start * WIDE, 1, WIDE};
@@ -423,7 +441,7 @@ int backward(const number *query, const number *key, const number *value, const 
             gather(value + row * strides[4] + group * strides[5], strides[4], size, values, padded);
             memset(key_sum, 0, padded * WIDE * sizeof *key_sum);
             memset(value_sum, 0, padded * WIDE * sizeof *value_sum);
-#ifdef TILED
+#ifdef PAIRED
             operand *turned = TABLE(operand, padded * WIDE);
             sideways(keys, turned, TABLE(operand, padded * WIDE), padded);
 #endif
@@ -470,7 +488,7 @@ int backward(const number *query, const number *key, const number *value, const 
                             pair(of_scores, score_rows, SIZE);
                             product((struct left){weights, SIZE, 1}, grad_rows, value_sum + from * WIDE, SIZE, WIDE, SIZE, 1);
                             product((struct left){of_scores, SIZE, 1}, query_rows, key_sum + from * WIDE, SIZE, WIDE, SIZE, 1);
-#ifdef TILED
+#ifdef PAIRED
                             struct left side = {turned + from, padded, 1};
 #else
                             struct left side = {keys + from * WIDE, 1, WIDE};

@@ -121,9 +121,12 @@ def kept(shape: Shape, where: Where, rows: Pass) -> float:
     its queries, keys, values, output and two numbers a head (on a GPU padded queries, repeated keys and values and the
     output twice); the MLP its gate, silu(gate), up and their product. In bfloat16 the norms stay float32 and keep no
     output, but each of five linear layers keeps its own cast of it. An adapter keeps what lies between its two factors.
-    On a CPU attention is taken to be in C, so that neither weights nor masks are there.
+    On a CPU attention is taken to be in C, so that neither weights nor masks are there. Layers in C (`fused.py`) keep what
+    norms read and one number a token of each, queries, keys, values, attention's output, gate and up.
     """
     h, q, k, inner, size = shape.hidden, shape.queries, shape.keys, shape.inner, where.size
+    if _fused(where):
+        return rows.tokens * (FLOAT * (2 * h + 2 * shape.heads + 2) + size * (2 * q + 2 * k + 2 * inner))
     inputs, scaled = 2 * FLOAT * h, 2 * FLOAT * h * (not where.lora_rank)
     norms = inputs + scaled + (5 * 2 * h if where.bf16 else 2 * FLOAT * h)
     if where.cuda:
@@ -131,6 +134,11 @@ def kept(shape: Shape, where: Where, rows: Pass) -> float:
     else:
         attention = rows.tokens * (size * (q + 2 * k) + 2 * FLOAT * shape.heads)
     return rows.tokens * (norms + size * (q + 4 * inner + 7 * where.lora_rank)) + attention
+
+
+def _fused(where: Where) -> bool:
+    """Whether layers are taken to be in C (`fused.py`), as those of all kinds of models that a plan counts can be."""
+    return not (where.cuda or where.plain or where.lora_rank or where.quantized or where.devices > 1)
 
 
 def passing(shape: Shape, where: Where, rows: Pass) -> float:
@@ -226,7 +234,7 @@ def training(
         whole = shape.layers * FLOAT * shape.hidden * most.tokens + kept(shape, where, most)
     last = FLOAT * 3 * shape.hidden * most.tokens
     wide = logits(shape, where, most, learns=True) + (0 if where.lora_rank else FLOAT * shape.head / n)
-    within = 3 * where.size * shape.inner * most.tokens
+    within = (4 if _fused(where) else 3) * where.size * shape.inner * most.tokens
     learning = {"activations": whole + last, "logits": max(wide, within)}
     learning |= {"gradients": gradients} if accumulates else {}
     update = {"optimizer": state, "gradients": gradients, "casts": 0.0, "gathered": 0.0}

@@ -7,6 +7,9 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+#if defined __AVX512BW__ && defined __AVX512VL__
+#include <immintrin.h>
+#endif
 
 #define BLOCK 32
 #define LANES (WIDTH % 16 ? 8 : 16)
@@ -44,7 +47,17 @@ static inline number narrow(float x) { return x; }
 static inline __attribute__((always_inline)) lanes load(const number *from, int part) {
     int left = WIDTH - part * LANES;
     halves x = {0};
-    memcpy(&x, from + part * LANES, (left < LANES ? left : LANES) * sizeof *from);
+    from += part * LANES;
+    if (left >= LANES) memcpy(&x, from, LANES * sizeof *from);
+#if LANES == 8 && defined __AVX512BW__ && defined __AVX512VL__ /* a part of a vector, without a way through memory */
+#ifdef HALF
+    else x = (halves)_mm_maskz_loadu_epi16((1 << left) - 1, from);
+#else
+    else x = (halves)_mm256_maskz_loadu_ps((1 << left) - 1, from);
+#endif
+#else
+    else memcpy(&x, from, left * sizeof *from);
+#endif
     return widen(x);
 }
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from sparring import compiled as layers
 from sparring.attention import TRACED, Layout, Rule, States, packed, unwrapped
+from sparring.fused import linears
 from sparring.logps import autocast
 from sparring.play.halved import halved
 from sparring.play.slots import Decoder, Slots, decodes
@@ -221,7 +222,7 @@ def _steps(
     vocabulary = unwrapped(model).get_output_embeddings().weight.shape[0]
     random = torch.Generator().manual_seed(0)
     prompts = [torch.randint(vocabulary, (1 + i % 8,), generator=random).tolist() for i in range(_ROWS)]
-    with autocast(torch.device("cpu"), compute), halved([model], compute), packed(model):
+    with autocast(torch.device("cpu"), compute), halved([model], compute, linears(model)), packed(model):
         plain = Slots(model, _ROWS, 16).plain
         slots = Slots(model, _ROWS, 16, decoder or (lambda ids, at, layout: plain(ids, at, _Noting(layout, rules))))
         slots.fill(prompts, range(_ROWS))

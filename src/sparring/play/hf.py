@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from sparring import fused
 from sparring.errors import InputError, NonFiniteError
 from sparring.logps import autocast
 from sparring.play import padded, slots
@@ -186,12 +187,14 @@ def sample(
         return torch.from_numpy(uniforms([keys[order[i]] for i in rows], max_new_tokens)).to(model.device)
 
     # Tried in full precision, before autocast
-    decode = partial(slots.decode, graph=graph) if all(slots.decodes(m) for m in models) else padded.decode
+    in_slots = all(slots.decodes(m) for m in models)
+    decode = partial(slots.decode, graph=graph) if in_slots else padded.decode
+    theirs = fused.linears(*models) if in_slots else ()
     was_training = model.training
     model.eval()
     try:
         # Without inference mode, in which autocast keeps no casts of weights
-        with torch.no_grad(), autocast(model.device, compute), halved(models, compute):
+        with torch.no_grad(), autocast(model.device, compute), halved(models, compute, theirs):
             longest_first = [prompts[i] for i in order]
             rows = decode(models, longest_first, drawn, max_new_tokens, stop_ids, batch_size, choose, on_rows)
     finally:

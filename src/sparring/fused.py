@@ -1,0 +1,485 @@
+"""Decoder layers of Llama's kind as five products, one attention and a few passes in C (`fused.c`), for CPUs.
+
+Such a layer is a norm, queries, keys and values, their rotation, attention, a norm, a gate: dozens of small operations in
+torch, and twice as many backward, each a way to memory and back and a cast. Here linear layers that read the same numbers
+are one product where weights are cast anyway, what lies between products is one pass, and backward passes keep only what
+they cannot make again at once. Which layers are of that kind is found by their parts, and by trying: one that computes
+anything else, has hooks or wrapped parts (adapters, other quantities than float32) is left to itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import ctypes
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from sparring import native
+from sparring.attention import Layout, Rule, States, named
+
+log = logging.getLogger("sparring")
+
+_EXACT, _ROUGH = 1e-3, 5e-2
+"""Relative errors that a trial allows, of values and gradients in float32 and in bfloat16."""
+_BLOCK = 64
+"""Tokens whose gradients of a norm's weights `fused.c` sums at a time."""
+_SMALL = 2**20
+"""Weights in float32 that are copied, so that they are one product."""
+_FITS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+"""Whether a layer computes what `_Layer` does, of those that were tried."""
+
+
+class Kernel(NamedTuple):
+    """The functions of `fused.c`, compiled for a precision and a head's width."""
+
+    dtype: torch.dtype
+    norm: Any
+    norm_back: Any
+    rotate: Any
+    rotate_back: Any
+    gate: Any
+    gate_back: Any
+    add: Any
+
+
+@cache
+def kernel(dtype: torch.dtype, width: int) -> Kernel | None:
+    """The kernel for products of this precision and heads of `width` numbers; None where it cannot be had."""
+    sizes = native.sized(dtype, WIDTH=width)
+    if sizes is None:
+        return None
+    return native.tried(
+        lambda: _loaded(dtype, sizes),
+        lambda made: _problem(made, width),
+        "layers in C cannot be had, passes take longer",
+    )
+
+
+def _loaded(dtype: torch.dtype, sizes: dict[str, int]) -> Kernel:
+    made = native.library("fused.c", sizes)
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    arguments = {
+        "norm": [*[pointer] * 6, number, number, ctypes.c_float],
+        "norm_back": [*[pointer] * 9, number, number],
+        "rotate": [*[pointer] * 3, number, number, number],
+        "rotate_back": [*[pointer] * 6, number, number, number],
+        "gate": [*[pointer] * 2, number, number],
+        "gate_back": [*[pointer] * 4, number, number],
+        "add": [*[pointer] * 3, number],
+    }
+    functions = [getattr(made, name) for name in arguments]
+    for function, types in zip(functions, arguments.values(), strict=True):
+        function.argtypes, function.restype = types, None
+    return Kernel(dtype, *functions)
+
+
+@contextlib.contextmanager
+def fused(model: nn.Module) -> Iterator[None]:
+    """Within it and `attention.named` the model's layers that can be are computed so; their weights must not change."""
+    own = layers(model)
+    for layer in own:
+        layer.module.__dict__["forward"] = layer
+    try:
+        yield
+    finally:
+        for layer in own:
+            del layer.module.__dict__["forward"]
+
+
+def layers(model: nn.Module) -> list[_Layer]:
+    """Those of a model that can be computed so."""
+    return [layer for module in model.modules() if (layer := _layer(module)) is not None]
+
+
+def linears(*models: nn.Module) -> set[nn.Module]:
+    """Linear layers that are computed so."""
+    return {linear for model in models for layer in layers(model) for linear in layer.linears}
+
+
+def _layer(module: nn.Module) -> _Layer | None:
+    """A module as a layer, if it is one that can be computed so, which is tried once."""
+    layer = _looks(module)
+    if layer is None or any(_changed(part) for part in module.modules()) or not _own(module, layer):
+        return None
+    if module not in _FITS:
+        made = kernel(torch.float32, layer.width)
+        apart = None if made is None else _apart(layer, made)
+        if apart is not None and not apart < _EXACT:
+            log.info("%s: layers as they are, slower: in C they would be off by %.2g", type(module).__name__, apart)
+        _FITS[module] = apart is not None and apart < _EXACT
+    return layer if _FITS[module] else None
+
+
+def _looks(module: nn.Module) -> _Layer | None:
+    """A module as a layer, if it has a layer's parts."""
+    attention, mlp = (module._modules.get(name) for name in ("self_attn", "mlp"))
+    norms = [module._modules.get(name) for name in ("input_layernorm", "post_attention_layernorm")]
+    if attention is None or mlp is None or None in norms:
+        return None
+    linears = [attention._modules.get(f"{name}_proj") for name in "qkvo"]
+    linears += [mlp._modules.get(f"{name}_proj") for name in ("gate", "up", "down")]
+    width = getattr(attention, "head_dim", None)
+    whole = all(type(linear) is nn.Linear for linear in linears)
+    return _Layer(module, norms, linears, width) if whole and width and width % 2 == 0 else None  # type: ignore[arg-type]
+
+
+def _changed(module: nn.Module) -> bool:
+    """Whether others have a part in what a module computes."""
+    return "forward" in module.__dict__ or any(
+        getattr(module, name)
+        for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    )
+
+
+def _own(module: nn.Module, layer: _Layer) -> bool:
+    """Whether all of a module's numbers are a layer's, in float32 on a CPU."""
+    known = {id(p) for part in (layer.before, layer.after, *layer.linears) for p in part.parameters(recurse=False)}
+    return not next(module.buffers(), None) and all(
+        id(p) in known and type(p) is nn.Parameter and p.dtype == torch.float32 and p.device.type == "cpu"
+        for p in module.parameters()
+    )
+
+
+class _Layer:
+    """A layer's parts, and its forward pass within `attention.packed`."""
+
+    def __init__(self, module: nn.Module, norms: Sequence[Any], linears: Sequence[nn.Linear], width: int) -> None:
+        self.module, self.linears = module, tuple(linears)
+        self.before, self.after = norms
+        q, k, v, o, gate, up, down = linears
+        self.joined: tuple[tuple[nn.Linear, ...], ...] = ((q, k, v), (o,), (gate, up), (down,))
+        self.width = width
+        self.heads, self.groups = q.out_features // width, k.out_features // width
+        attention: Any = module.self_attn
+        self.number: int = attention.layer_idx
+        self.scale: float = attention.scaling
+        self.drops = bool(getattr(attention, "attention_dropout", 0))
+        self._products: dict[tuple[torch.dtype, bool], list[_Product]] = {}
+
+    def __call__(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Any = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        *,
+        layout: Layout | None = None,
+        **rest: Any,
+    ) -> Any:
+        """Hidden states [1, N, H] to the next ones: what the layer's own forward is given and gives."""
+        compute = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
+        made = kernel(compute, self.width)
+        angles = (1, hidden_states.shape[1], self.width)
+        if (
+            made is None
+            or layout is None
+            or position_embeddings is None
+            or (self.drops and self.module.training)
+            or hidden_states.dtype != torch.float32
+            or len(hidden_states) != 1
+            or any(x.dtype != torch.float32 or x.shape != angles for x in position_embeddings)
+        ):
+            return type(self.module).forward(
+                self.module, hidden_states, attention_mask=attention_mask, position_embeddings=position_embeddings,
+                layout=layout, **rest,
+            )  # fmt: skip
+        with torch.autocast("cpu", enabled=False):
+            cos, sin = (x[0].contiguous() for x in position_embeddings)
+            return self._computed(made, hidden_states[0].contiguous(), cos, sin, layout, attention_mask)[None]
+
+    def _computed(self, made: Kernel, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout, rule: Rule) -> Tensor:
+        learned = [p for part in (self.before, self.after, *self.linears) for p in part.parameters(recurse=False)]
+        learns = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in learned))
+        pass_ = _Pass(self, made, self._made(made.dtype, learns), cos, sin)
+        if not learns:
+            made_of, _ = pass_.begin(x)
+            mixed = layout.attend(self.number, States(*pass_.heads(made_of), self.scale, None), rule)
+            return pass_.end(x, mixed.reshape(len(x), -1).contiguous())[0]
+        q, k, v, o, gate, up, down = self.linears
+        given: list[Tensor | None] = [self.before.weight, *(x for part in (q, k, v) for x in (part.weight, part.bias))]
+        query, key, value, x = _Begin.apply(pass_, x, *given)  # type: ignore[no-untyped-call]
+        mixed = layout.attend(self.number, States(query, key, value, self.scale, None), rule)
+        given = [self.after.weight, *(x for part in (o, gate, up, down) for x in (part.weight, part.bias))]
+        out: Tensor = _End.apply(pass_, x, mixed.reshape(len(x), -1), *given)  # type: ignore[no-untyped-call]
+        return out
+
+    def _made(self, dtype: torch.dtype, learns: bool) -> list[_Product]:
+        if (dtype, learns) not in self._products:
+            self._products[dtype, learns] = [_Product(own, dtype, fixed=not learns) for own in self.joined]
+        return self._products[dtype, learns]
+
+
+class _Product:
+    """Linear layers that read the same numbers.
+
+    Where weights are cast anyway, or small, they lie one after the other and are one product; where they are not changed
+    (`fixed`) and the CPU multiplies bfloat16, as its products read them.
+    """
+
+    def __init__(self, linears: Sequence[nn.Linear], dtype: torch.dtype, *, fixed: bool) -> None:
+        self.linears = linears
+        self.sizes = [linear.out_features for linear in linears]
+        self.weights = [linear.weight.detach() for linear in linears]
+        self.biases: list[Tensor | None] = [None if x.bias is None else x.bias.detach() for x in linears]
+        self._laid_out: Callable[[Tensor], Tensor] | None = None
+        numbers = sum(weight.numel() for weight in self.weights)
+        if dtype == torch.float32 and (len(linears) == 1 or numbers > _SMALL):
+            return
+        joint = torch.empty(sum(self.sizes), linears[0].in_features, dtype=dtype)
+        for part, weight in zip(joint.split_with_sizes(self.sizes), self.weights, strict=True):
+            part.copy_(weight)
+        bias = None
+        if any(own is not None for own in self.biases):
+            bias = torch.cat(
+                [joint.new_zeros(n) if b is None else b.to(dtype) for n, b in zip(self.sizes, self.biases, strict=True)]
+            )
+        self.weights, self.biases = [joint], [bias]
+        if fixed and dtype == torch.bfloat16 and multiplies_bfloat16():
+            self.weights, self._laid_out = [], laid_out(joint, bias)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[N, in] to [N, out], side by side."""
+        if self._laid_out is not None:
+            return self._laid_out(x)
+        if len(self.weights) == 1:
+            return functional.linear(x, self.weights[0], self.biases[0])
+        out = x.new_empty(len(x), sum(self.sizes))
+        for part, weight, bias in zip(out.split_with_sizes(self.sizes, 1), self.weights, self.biases, strict=True):
+            if bias is None:
+                torch.mm(x, weight.t(), out=part)
+            else:
+                torch.addmm(bias, x, weight.t(), out=part)
+        return out
+
+    def back(self, grad: Tensor) -> Tensor:
+        """The gradient of what was read, [N, in]."""
+        parts = grad.split_with_sizes([len(weight) for weight in self.weights], 1)
+        out: Tensor = parts[0] @ self.weights[0]
+        for part, weight in zip(parts[1:], self.weights[1:], strict=True):
+            torch.addmm(out, part, weight, out=out)
+        return out
+
+    def gradients(self, grad: Tensor, x: Tensor) -> list[Tensor | None]:
+        """Those of each layer's weight and bias, in float32; None for what does not learn."""
+        found: list[Tensor | None] = []
+        parts = grad.split_with_sizes([len(weight) for weight in self.weights], 1)
+        made = (
+            [(part.t() @ x).float() for part in parts] if any(own.weight.requires_grad for own in self.linears) else []
+        )
+        of_weights = [own for one in made for own in one.split_with_sizes(self.sizes)] if len(made) == 1 else made
+        for i, (linear, part) in enumerate(zip(self.linears, grad.split_with_sizes(self.sizes, 1), strict=True)):
+            found.append(of_weights[i] if linear.weight.requires_grad else None)
+            learns = linear.bias is not None and linear.bias.requires_grad
+            found.append(part.sum(0, dtype=torch.float32) if learns else None)
+        return found
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """A layer's two halves, before and behind attention, in one pass."""
+
+    layer: _Layer
+    made: Kernel
+    products: list[_Product]
+    cos: Tensor
+    """[N, D]"""
+    sin: Tensor
+
+    def begin(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Hidden states [N, H] to rotated queries, keys and values side by side, and the norm's scales [N]."""
+        layer = self.layer
+        _, normed, scale = self._norm(layer.before, x, None)
+        out = self.products[0](normed)
+        turned = layer.heads + layer.groups
+        _call(self.made.rotate, (out, self.cos, self.sin), len(out), out.shape[1], turned)
+        return out, scale
+
+    def heads(self, made_of: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values [N, heads, D] of what `begin` gives."""
+        layer = self.layer
+        sizes = [layer.heads, layer.groups, layer.groups]
+        query, key, value = made_of.view(len(made_of), -1, layer.width).split_with_sizes(sizes, 1)
+        return query, key, value
+
+    def begin_back(self, x: Tensor, scale: Tensor, grads: Sequence[Tensor], rest: Tensor) -> list[Tensor | None]:
+        """Gradients of `x`, the norm's weight and the linear layers'."""
+        layer, product = self.layer, self.products[0]
+        query, key, value = (grad.contiguous() for grad in grads)
+        grad = x.new_empty(len(x), sum(product.sizes), dtype=self.made.dtype)
+        _call(self.made.rotate_back, (query, key, value, self.cos, self.sin, grad), len(x), layer.heads, layer.groups)
+        of_x, _, normed, of_weight = self._norm_back(layer.before, x, scale, product.back(grad), rest, half=False)
+        return [of_x, of_weight, *product.gradients(grad, normed)]
+
+    def end(self, x: Tensor, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Hidden states and attention's output [N, heads · D] to the next ones; the sum between, its scales, and gates."""
+        _, o, wide, down = self.products
+        middle, normed, scale = self._norm(self.layer.after, x, o(mixed))
+        both = wide(normed)
+        opened = both.new_empty(len(both), both.shape[1] // 2)
+        _call(self.made.gate, (both, opened), *opened.shape)
+        more, out = down(opened), torch.empty_like(middle)
+        _call(self.made.add, (middle, more, out), out.numel())
+        return out, middle, scale, both
+
+    def end_back(self, mixed: Tensor, middle: Tensor, scale: Tensor, both: Tensor, grad: Tensor) -> list[Tensor | None]:
+        """Gradients of `x`, `mixed`, the norm's weight and the linear layers'."""
+        _, o, wide, down = self.products
+        half = grad.to(self.made.dtype)
+        of_both, opened = torch.empty_like(both), both.new_empty(len(both), both.shape[1] // 2)
+        _call(self.made.gate_back, (both, down.back(half), of_both, opened), *opened.shape)
+        of_x, narrow, normed, of_weight = self._norm_back(
+            self.layer.after, middle, scale, wide.back(of_both), grad, half=True
+        )
+        of_o = o.gradients(narrow, mixed)
+        return [
+            of_x, o.back(narrow), of_weight, *of_o, *wide.gradients(of_both, normed), *down.gradients(half, opened)
+        ]  # fmt: skip
+
+    def _norm(self, part: Any, x: Tensor, more: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """x + more, its norm and one over its root mean squares."""
+        out, scale = torch.empty(x.shape, dtype=self.made.dtype), x.new_empty(len(x))
+        whole = x if more is None else torch.empty_like(x)
+        _call(self.made.norm, (x, more, part.weight, whole, out, scale), *x.shape, _eps(part))
+        return whole, out, scale
+
+    def _norm_back(
+        self, part: Any, x: Tensor, scale: Tensor, grad: Tensor, rest: Tensor, *, half: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The gradient of x, the same in the products' precision where `half`, what the norm made, its weight's gradient."""
+        of_x, out = torch.empty_like(x), torch.empty(x.shape, dtype=self.made.dtype)
+        narrow = torch.empty_like(out) if half and out.dtype != of_x.dtype else None
+        sums = x.new_empty(-(-len(x) // _BLOCK), x.shape[1])
+        tensors = (x, part.weight, scale, grad, rest.contiguous(), of_x, narrow, out, sums)
+        _call(self.made.norm_back, tensors, *x.shape)
+        return of_x, of_x if narrow is None else narrow, out, sums.sum(0)
+
+
+class _Begin(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, own: _Pass, x: Tensor, *_: Tensor | None) -> tuple[Tensor, ...]:
+        made_of, scale = own.begin(x)
+        ctx.save_for_backward(x, scale)
+        ctx.own = own
+        # x goes through, so that its gradient from behind is added where that of the norm is made
+        return *own.heads(made_of), x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale = ctx.saved_tensors
+        return None, *ctx.own.begin_back(x, scale, grads[:3], grads[3])
+
+
+class _End(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, own: _Pass, x: Tensor, mixed: Tensor, *_: Tensor | None) -> Tensor:
+        mixed = mixed.contiguous()
+        out, middle, scale, both = own.end(x, mixed)
+        ctx.save_for_backward(mixed, middle, scale, both)
+        ctx.own = own
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *ctx.own.end_back(*ctx.saved_tensors, grads[0].contiguous())
+
+
+def _call(function: Any, tensors: Sequence[Tensor | None], *numbers: float) -> None:
+    function(*(None if x is None else x.data_ptr() for x in tensors), *numbers)
+
+
+def _eps(norm: Any) -> float:
+    return float(getattr(norm, "variance_epsilon", getattr(norm, "eps", 0.0)))
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether torch was built with the library that has such products, which on a Mac it is not, and the CPU has them."""
+    built: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return built and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def laid_out(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """A linear layer in bfloat16 whose weights lie as a CPU's products read them.
+
+    Else they are laid out anew for every product of a few rows, which takes as long as the product.
+    """
+    own, product = torch.ops.mkldnn._reorder_linear_weight(weight), torch.ops.mkldnn._linear_pointwise
+    return lambda x: product(x, own, bias, "none", [], "")  # type: ignore[no-any-return]
+
+
+def _problem(made: Kernel, width: int) -> str | None:
+    """What is wrong with a kernel, tried on a layer of transformers' own; None where nothing is."""
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+    config = LlamaConfig(
+        hidden_size=40, intermediate_size=56, num_attention_heads=4, num_key_value_heads=2, head_dim=width,
+        attention_bias=True, mlp_bias=True,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module = LlamaDecoderLayer(config, 0).float()
+        for parameter in module.parameters():
+            nn.init.normal_(parameter, 0.5 * (parameter.dim() == 1), 0.3)
+    layer = _looks(module)
+    assert layer is not None
+    apart = _apart(layer, made)
+    return (
+        None if apart < (_EXACT if made.dtype == torch.float32 else _ROUGH) else f"its results are off by {apart:.2g}"
+    )
+
+
+def _apart(layer: _Layer, made: Kernel) -> float:
+    """How far a layer by a kernel is from the layer's own forward in float32, values and gradients, by relative norms.
+
+    Infinite for a layer that is none of this kind, as it cannot be given what those are, or its attention is another.
+    """
+    from sparring.tree import Tree
+
+    module = copy.deepcopy(layer.module).eval().requires_grad_(True)
+    twin = _looks(module)
+    assert twin is not None
+    random = torch.Generator().manual_seed(0)
+    tree = Tree([[1, 2, 3], [4]], [[[5, 6, 7], [8, 9]], [[10, 11, 12]]], torch.device("cpu"))
+    count, width = tree.ids.shape[1], layer.before.weight.shape[0]
+    x, upstream = torch.randn(2, 1, count, width, generator=random, dtype=torch.float32)
+    x.requires_grad_()
+    angle = torch.rand(count, layer.width // 2, generator=random, dtype=torch.float32) * 6
+    angles = torch.cat([angle, angle], 1)
+    cos, sin = angles.cos(), angles.sin()
+    rule: Rule = lambda b, h, q, k: k <= q  # noqa: E731
+    seen: list[States] = []
+
+    class Watched:
+        def attend(self, layer: int, states: States, rule: Rule) -> Tensor:
+            seen.append(states)
+            return tree.attend(layer, states, rule)
+
+    leaves = [x, *module.parameters()]
+    found = []
+    with native.apart(), named(module), torch.autocast("cpu", enabled=False):
+        try:
+            own = type(module).forward(
+                module, x, attention_mask=rule, position_embeddings=(cos[None], sin[None]), layout=Watched()
+            )
+            ours = twin._computed(made, x[0], cos, sin, Watched(), rule)[None]
+            for out in (own, ours):
+                found.append([out.detach() - x.detach(), *torch.autograd.grad(out, leaves, upstream)])
+        except Exception:  # layers fail in as many ways as there are layers
+            return torch.inf
+    small = x.detach()[0] * 1e-3  # so small that what is added to mean squares shows
+    for norm in (twin.before, twin.after):
+        scale = (small.square().mean(-1, keepdim=True) + _eps(norm)).rsqrt()
+        for out, of in zip(found, (norm(small), small * scale * norm.weight), strict=True):
+            out.append(of.detach())
+    one, other = seen
+    if one.scale != other.scale or one.softcap is not None:
+        return torch.inf
+    return max(float((a - b).norm() / a.norm().clamp(min=1e-30)) for a, b in zip(*found, strict=True))

@@ -1,0 +1,357 @@
+"""Layers in C against the models' own: values, gradients, decoding; which layers are left to themselves, and why."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import platform
+import shutil
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sparring import attention, fused
+from sparring.config import TrainConfig
+from sparring.fused import _BLOCK, kernel
+from sparring.gradient import gradient
+from sparring.logps import packed_token_logps, score
+from sparring.methods import make as method
+from sparring.play import hf
+from sparring.train import prepare
+from sparring.types import Frozen, Group
+from test_packed import BASE, COMPLETIONS, FAST, PROMPTS, made
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("cc") is None or platform.machine() not in ("x86_64", "aarch64"), reason="no C compiler"
+)
+BOTH = [torch.float32, torch.bfloat16]
+LLAMAS = ["grouped heads", "sliding window", "window in some layers", "tied"]
+"""Of test_packed's models those whose layers are of the kind: Llama, Mistral, Qwen2, whose linear layers have biases,
+and Granite without factors of its own."""
+ODD = BASE | {"hidden_size": 36, "intermediate_size": 50, "head_dim": 6, "num_attention_heads": 6}
+"""No size is a multiple of a vector's."""
+
+
+@pytest.fixture
+def plain(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Something, computed with the models' own layers."""
+
+    def found(make: Any) -> Any:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(fused, "layers", lambda _: [])
+            return make()
+
+    return found
+
+
+def drawn(family: str, sizes: dict[str, Any]) -> Any:
+    """A model none of whose vectors is all zeros or ones."""
+    model = made(family, sizes)
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            nn.init.normal_(parameter, 0.7, 0.3)
+    return model
+
+
+def computed(model: Any, compute: torch.dtype | None = None) -> tuple[Tensor, list[Tensor]]:
+    """Log-probs, and the gradients of a function of them."""
+    model.zero_grad()
+    got = packed_token_logps(model, PROMPTS, COMPLETIONS, compute=compute)
+    (got.sin() * torch.linspace(1, 2, got.numel(), dtype=got.dtype).view(got.shape)).sum().backward()
+    return got.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+def apart(some: list[Tensor], others: list[Tensor]) -> float:
+    """The largest of relative differences, by norms."""
+    assert len(some) == len(others)
+    return max(float((a - b).norm() / b.norm()) for a, b in zip(some, others, strict=True))
+
+
+@pytest.mark.parametrize("name", [*LLAMAS, "odd"])
+def test_values_and_gradients_are_those_of_the_models_own_layers(name: str, plain: Any) -> None:
+    model = drawn("Llama", ODD) if name == "odd" else drawn(*FAST[name])
+    assert len(fused.layers(model)) == model.config.num_hidden_layers
+    logps, grads = computed(model)
+    own, theirs = plain(lambda: computed(model))
+    torch.testing.assert_close(logps, own, rtol=1e-5, atol=1e-5)
+    assert apart(grads, theirs) < 1e-5
+    assert len(grads) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("name", LLAMAS)
+def test_in_bfloat16_they_are_no_farther_from_exact_ones(name: str, plain: Any) -> None:
+    model = drawn(*FAST[name])
+    exact = plain(lambda: computed(copy.deepcopy(model).double()))
+    logps, grads = computed(model, torch.bfloat16)
+    own, theirs = plain(lambda: computed(model, torch.bfloat16))
+    assert float((logps - exact[0]).norm()) < 1.1 * float((own - exact[0]).norm())
+    gone = [sum(apart([a.double()], [b]) for a, b in zip(g, exact[1], strict=True)) for g in (grads, theirs)]
+    assert gone[0] < 1.1 * gone[1] < 1.1 * len(grads) * 0.1
+
+
+def test_the_trained_learn_and_the_frozen_do_not(plain: Any) -> None:
+    model = drawn(*FAST["window in some layers"])
+    for name, parameter in model.named_parameters():
+        frozen = (
+            "0.mlp.up_proj",
+            "0.self_attn.k_proj.weight",
+            "0.self_attn.q_proj.bias",
+            "1.input_layernorm",
+            "layers.2.",
+        )
+        parameter.requires_grad_(not any(part in name for part in frozen))
+    logps, grads = computed(model)
+    own, theirs = plain(lambda: computed(model))
+    torch.testing.assert_close(logps, own, rtol=1e-5, atol=1e-5)
+    assert apart(grads, theirs) < 1e-5
+    assert sum(p.grad is None for p in model.parameters()) == 16 == sum(not p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("compute", [None, torch.bfloat16])
+def test_scores_and_answers_without_gradients(compute: torch.dtype | None, plain: Any) -> None:
+    model = drawn(*FAST["window in some layers"]).requires_grad_(False)
+
+    def answered() -> tuple[Tensor, Tensor]:
+        how: dict[str, Any] = {"temperature": 0.0, "max_new_tokens": 6, "stop_ids": [], "batch_size": 4}
+        answers = hf.sample(model, PROMPTS, range(len(PROMPTS)), compute=compute, **how)
+        scored = score(model, PROMPTS, COMPLETIONS, batch_size=4, compute=compute)
+        return torch.tensor([a.logps for a in answers]), torch.tensor([x for row in scored for x in row])
+
+    for got, own in zip(answered(), plain(answered), strict=True):
+        torch.testing.assert_close(got, own, rtol=0, atol=1e-4 if compute is None else 0.3)
+        assert compute is not None or not torch.equal(got, own)  # else nothing was tried
+
+
+@pytest.mark.parametrize("dtype", BOTH)
+def test_norms_rotations_and_gates_by_torch(dtype: torch.dtype) -> None:
+    """Each function of the kernel, at sizes that leave no lane, some, or all but one, and numbers that are none."""
+    make = torch.Generator().manual_seed(0)
+    own, limit = kernel(dtype, 6), 1e-5 if dtype == torch.float32 else 1e-2
+    assert own is not None
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=make).to(dtype)
+
+    for count, width in ((1, 16), (3, 17), (_BLOCK + 1, 31), (300, 128)):
+        both, grad = random(count, 2 * width), random(count, width)
+        both[0, 0], both[-1, width - 1], both[0, width] = -100.0, 100.0, torch.nan
+        wide = both.float().requires_grad_()
+        right = nn.functional.silu(wide[:, :width]) * wide[:, width:]
+        (back,) = torch.autograd.grad(right, wide, grad.float())
+        out, again, of_both = torch.empty_like(grad), torch.empty_like(grad), torch.empty_like(both)
+        fused._call(own.gate, (both, out), count, width)
+        fused._call(own.gate_back, (both, grad, of_both, again), count, width)
+        assert torch.equal(out.nan_to_num(7), again.nan_to_num(7)) and out.isnan().sum() == 1
+        torch.testing.assert_close(out.float(), right, rtol=limit, atol=limit, equal_nan=True)
+        torch.testing.assert_close(of_both.float(), back, rtol=limit, atol=limit, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", BOTH)
+def test_gradients_of_norms_are_summed_by_blocks_whatever_the_threads(dtype: torch.dtype) -> None:
+    make = torch.Generator().manual_seed(0)
+    own = kernel(dtype, 6)
+    assert own is not None
+    count, width = 3 * _BLOCK + 5, 300  # more than threads are taken for
+    x, rest = torch.randn(2, count, width, generator=make)
+    weight, grad = torch.randn(width, generator=make), torch.randn(count, width, generator=make).to(dtype)
+    leaf, of = x.double().requires_grad_(), weight.double().requires_grad_()
+    right = leaf * (leaf.pow(2).mean(-1, keepdim=True) + 1e-5).rsqrt() * of
+    exact = torch.autograd.grad(right, (leaf, of), grad.double())
+    found = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            out, again, scale, to = (
+                torch.empty_like(grad),
+                torch.empty_like(grad),
+                torch.empty(count),
+                torch.empty_like(x),
+            )
+            sums = torch.empty(4, width)
+            fused._call(own.norm, (x, None, weight, x, out, scale), count, width, 1e-5)
+            fused._call(own.norm_back, (x, weight, scale, grad, rest, to, None, again, sums), count, width)
+            assert torch.equal(out, again)
+            found.append([out, to, sums])
+    finally:
+        torch.set_num_threads(1)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    out, to, sums = found[0]
+    torch.testing.assert_close(out.double(), right.detach(), rtol=1e-5 if dtype == torch.float32 else 4e-3, atol=1e-6)
+    torch.testing.assert_close((to - rest).double(), exact[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(sums.sum(0).double(), exact[1], rtol=1e-4, atol=1e-4)
+
+
+GROUPS = [
+    Group(f"g{i}", tuple(PROMPTS[0]), (tuple(COMPLETIONS[i]), tuple(COMPLETIONS[i + 1])), (1.0, 0.0), 1.0, ("gold", "sample"), 0)
+    for i in range(5)
+]  # fmt: skip
+FROZEN = {
+    "reference": [Frozen(g.sha, "reference", "start", tuple((-1.0,) * len(c) for c in g.completions)) for g in GROUPS]
+}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_an_optimizer_batch_has_the_same_gradient(checkpointing: bool, plain: Any) -> None:
+    """In several passes, and with layers that are computed again."""
+    model = drawn(*FAST["sliding window"])
+    prepare(model, TrainConfig(gradient_checkpointing=checkpointing))
+
+    def learned() -> list[Tensor]:
+        model.zero_grad()
+        gradient(model, GROUPS, FROZEN, method("spin", {"beta": 0.1}), micro_batch=2)
+        return [p.grad.clone() for p in model.parameters()]
+
+    assert apart(learned(), plain(learned)) < 1e-5
+
+
+def test_weights_of_today_are_taken_and_nothing_stays_behind() -> None:
+    model = drawn(*FAST["grouped heads"])
+    before, _ = computed(model, torch.bfloat16)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.mul_(1.5)
+    after, _ = computed(model, torch.bfloat16)
+    assert not torch.equal(before, after)
+    assert all("forward" not in module.__dict__ for module in model.modules())
+    with pytest.raises(KeyError), attention.packed(model):
+        assert all("forward" in layer.__dict__ for layer in model.model.layers)
+        raise KeyError
+    assert all("forward" not in module.__dict__ for module in model.modules())
+
+
+def test_weights_are_laid_out_once_for_all_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts: list[int] = []
+    build = fused._Product.__init__
+
+    def counted(self: Any, linears: Any, *given: Any, **how: Any) -> None:
+        counts.append(len(linears))
+        build(self, linears, *given, **how)
+
+    model = drawn(*FAST["grouped heads"])
+    how: dict[str, Any] = {"temperature": 1.0, "max_new_tokens": 6, "stop_ids": [], "batch_size": 3}
+    hf.sample(model, PROMPTS, range(len(PROMPTS)), **how)
+    monkeypatch.setattr(fused._Product, "__init__", counted)
+    hf.sample(model, PROMPTS, range(len(PROMPTS)), compute=torch.bfloat16, **how)
+    assert counts == [3, 1, 2, 1] * model.config.num_hidden_layers
+    counts.clear()
+    score(model, PROMPTS, COMPLETIONS, batch_size=2, compute=torch.bfloat16)
+    assert counts == [3, 1, 2, 1] * model.config.num_hidden_layers
+
+
+# Left to themselves -------------------------------------------------------------------------------------------------
+
+
+def test_other_layers_are_left_to_themselves() -> None:
+    for name in set(FAST) - set(LLAMAS):
+        assert not fused.layers(made(*FAST[name])), name
+
+
+def test_a_layer_that_computes_something_else_is_left_to_itself(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "sparring")
+    assert fused.layers(made(*FAST["tied"]))
+    for change in ({"residual_multiplier": 0.9}, {"hidden_act": "gelu"}):
+        assert not fused.layers(made("Granite", FAST["tied"][1] | change))
+    assert caplog.messages[-1].startswith(
+        "GraniteDecoderLayer: layers as they are, slower: in C they would be off by 0."
+    )
+
+
+def test_a_norm_is_tried_with_numbers_so_small_that_what_is_added_shows() -> None:
+    model = made(*FAST["grouped heads"])
+    model.model.layers[0].input_layernorm.eps = 1e-6  # the other name of it
+    assert len(fused.layers(model)) == 3
+    model = made(*FAST["grouped heads"])
+    norm = model.model.layers[0].post_attention_layernorm
+    norm.eps, eps = norm.variance_epsilon, 3e-6
+    norm.variance_epsilon = 0.0
+    norm.__class__ = type(
+        "Other", (type(norm),), {"forward": lambda self, x: nn.functional.rms_norm(x, x.shape[-1:], self.weight, eps)}
+    )
+    assert len(fused.layers(model)) == 2
+
+
+def test_layers_that_others_have_changed_are_left_to_themselves() -> None:
+    model = made(*FAST["grouped heads"])
+    assert len(fused.layers(model)) == 3
+    handle = model.model.layers[0].mlp.register_forward_hook(lambda *_: None)
+    assert len(fused.layers(model)) == 2
+    handle.remove()
+    model.model.layers[1].forward = lambda *given, **how: None
+    model.model.layers[2].self_attn.q_proj = nn.Sequential(model.model.layers[2].self_attn.q_proj)
+    assert len(fused.layers(model)) == 1
+    model.model.layers[0].bfloat16()
+    assert not fused.layers(model)
+
+
+def test_adapters_are_left_to_themselves() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by an old name
+        model: Any = get_peft_model(made(*FAST["grouped heads"]), LoraConfig(target_modules=["q_proj"]))
+    assert not fused.layers(model)
+
+
+def test_rows_of_another_kind_take_the_layers_own_forward() -> None:
+    """A dropout that is meant, positions of another width, float64 hidden states."""
+    model = drawn(*FAST["grouped heads"])
+    layer = fused.layers(model)[0]
+    took: list[str] = []
+    layer._computed = lambda made, x, *rest: (took.append("c"), x)[1]  # type: ignore[method-assign, assignment]
+    tree = attention_tree()
+    x, angles = torch.randn(1, 4, 32), torch.ones(1, 4, 8)
+
+    def asked(x: Tensor = x, angles: Tensor = angles) -> bool:
+        took.clear()
+        with attention.named(model):
+            layer(x, lambda b, h, q, k: k <= q, (angles, angles), layout=tree)
+        return bool(took)
+
+    assert asked()
+    assert not asked(angles=torch.ones(1, 1, 8))
+    layer.drops = True
+    assert asked()
+    layer.module.train()
+    assert layer.module.self_attn.attention_dropout == 0 and not asked()
+
+
+def attention_tree() -> Any:
+    from sparring.tree import Tree
+
+    return Tree([[1, 2]], [[[3, 4, 5]]], torch.device("cpu"))
+
+
+def test_without_a_compiler_layers_are_the_models_own(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("CC", "no-such-compiler")
+    caplog.set_level(logging.INFO, "sparring")
+    monkeypatch.setattr(fused, "kernel", fused.kernel.__wrapped__)
+    assert not fused.layers(made(*FAST["grouped heads"]))
+    line = "layers in C cannot be had, passes take longer: there is no C compiler `no-such-compiler`"
+    assert set(caplog.messages) == {line}
+
+
+@pytest.mark.parametrize("dtype", BOTH)
+@pytest.mark.parametrize("name", ["norm", "norm_back", "rotate", "rotate_back", "gate", "gate_back", "add"])
+def test_a_kernel_that_computes_something_else_is_not_taken(dtype: torch.dtype, name: str) -> None:
+    own = kernel(dtype, 8)
+    assert own is not None and fused._problem(own, 8) is None
+    nothing = own._replace(**{name: lambda *_: None})
+    torch.use_deterministic_algorithms(True)  # new memory is filled: what is found there could be the last trial's
+    try:
+        assert "its results are off by" in (fused._problem(nothing, 8) or "")
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_trying_layers_leaves_random_numbers_and_models_as_they_were() -> None:
+    model = made(*FAST["grouped heads"]).requires_grad_(False)
+    state = torch.random.get_rng_state()
+    fused.kernel.cache_clear()
+    assert fused.layers(model)
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert all(p.grad is None and not p.requires_grad for p in model.parameters())
+    assert model.config._attn_implementation != attention.NAME
