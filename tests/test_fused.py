@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparring import attention, fused
+from sparring import attention, fused, native
 from sparring.config import TrainConfig
 from sparring.fused import _BLOCK, kernel
 from sparring.gradient import gradient
@@ -355,3 +355,9 @@ def test_trying_layers_leaves_random_numbers_and_models_as_they_were() -> None:
     assert torch.equal(state, torch.random.get_rng_state())
     assert all(p.grad is None and not p.requires_grad for p in model.parameters())
     assert model.config._attn_implementation != attention.NAME
+
+
+def test_a_difference_that_is_no_number_is_the_largest() -> None:
+    assert native.most(torch.tensor([0.1, 0.3])) == pytest.approx(0.3)
+    for numbers in ([0.1, torch.nan], [torch.nan, 0.1]):
+        assert not native.most(torch.tensor(numbers)) < 1

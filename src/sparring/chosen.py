@@ -66,7 +66,7 @@ def _problem(made: Kernel, dtype: torch.dtype) -> str | None:
             own = (logits.float() if wide else logits.clone()).requires_grad_()
             out = _InTorch.apply(own, tokens) if wide else _InC.apply(made, own, tokens)  # type: ignore[no-untyped-call]
             found.append((out.detach(), torch.autograd.grad(out, own, upstream)[0].float()))
-    apart = max(float((a - b).abs().max()) for a, b in zip(*found, strict=True))
+    apart = native.most((a - b).abs().max() for a, b in zip(*found, strict=True))
     return None if apart < (1e-2 if dtype == torch.bfloat16 else 1e-5) else f"its results are off by {apart:.2g}"
 
 

@@ -482,4 +482,4 @@ def _apart(layer: _Layer, made: Kernel) -> float:
     one, other = seen
     if one.scale != other.scale or one.softcap is not None:
         return torch.inf
-    return max(float((a - b).norm() / a.norm().clamp(min=1e-30)) for a, b in zip(*found, strict=True))
+    return native.most((a - b).norm() / a.norm().clamp(min=1e-30) for a, b in zip(*found, strict=True))

@@ -14,7 +14,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -61,6 +61,13 @@ def apart() -> Iterator[None]:
     keep: Callable[[Any], Any] = lambda tensor: tensor  # noqa: E731
     with torch.autograd.graph.saved_tensors_hooks(keep, keep), torch.enable_grad():  # type: ignore[no-untyped-call]
         yield
+
+
+def most(numbers: Iterable[torch.Tensor]) -> float:
+    """The largest, and none where one is none: Python's `max` would pass over it."""
+    import torch
+
+    return float(torch.stack(list(numbers)).max())
 
 
 def library(name: str, sizes: Mapping[str, int]) -> ctypes.CDLL:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from sparring import compiled as layers
+from sparring import native
 from sparring.attention import TRACED, Layout, Rule, States, packed, unwrapped
 from sparring.fused import linears
 from sparring.logps import autocast
@@ -233,7 +234,7 @@ def _steps(
 
 def _apart(some: Sequence[Tensor], others: Sequence[Tensor]) -> float:
     """Nats between log-probs, the mean over the vocabulary in the row where it is largest."""
-    return max(float((a - b).abs().mean(-1).max()) for a, b in zip(some, others, strict=True))
+    return native.most((a - b).abs().mean(-1).max() for a, b in zip(some, others, strict=True))
 
 
 def _half(compute: torch.dtype | None) -> torch.dtype | None:
