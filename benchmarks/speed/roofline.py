@@ -42,11 +42,11 @@ from train import BETA, Memory, logps  # noqa: E402
 
 from sparring import compiled, heap, packed  # noqa: E402
 from sparring.config import TrainConfig  # noqa: E402
+from sparring.fused import multiplies_bfloat16  # noqa: E402
 from sparring.gradient import Setting, gradient  # noqa: E402
 from sparring.logps import packs  # noqa: E402
 from sparring.methods import make  # noqa: E402
 from sparring.play import hf, slots  # noqa: E402
-from sparring.play.halved import _multiplies_bfloat16  # noqa: E402
 from sparring.train import make_optimizer, train  # noqa: E402
 from sparring.tree import Tree  # noqa: E402
 from sparring.types import Frozen  # noqa: E402
@@ -76,7 +76,7 @@ class Machine:
         self._dtype = dtype
         self._pools: list[torch.Tensor] = [torch.empty(0, dtype=dtype)] * 3
         self._laid_out: dict[tuple[int, int], Any] = {}
-        self._lays_out = dtype == torch.bfloat16 and _multiplies_bfloat16()
+        self._lays_out = dtype == torch.bfloat16 and multiplies_bfloat16()
         self._known: dict[tuple[Product, bool], float] = {}
         self.rates: dict[int, list[float]] = {size: [] for size in SQUARES}
         """Operations a second of square products."""
