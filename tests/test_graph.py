@@ -83,7 +83,8 @@ def broken(*_: Any, **__: Any) -> Callable[..., Any]:
 def test_steps_of_two_rows_or_more_go_through_the_graph(
     name: str, compute: torch.dtype | None, eager: Eager, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fused, "layers", lambda _: [])  # which round elsewhere in 16 bits
+    if compute is not None:
+        monkeypatch.setattr(fused, "layers", lambda _: [])  # which round elsewhere in 16 bits
     model = made(*FAST[name])
     wanted = answers(model, compute=compute)
     steps: list[int] = []

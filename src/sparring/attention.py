@@ -20,6 +20,8 @@ from torch import Tensor, nn
 NAME = "sparring"
 TRACED = "sparring_traced"
 """The same for a decoder that is compiled as one graph (`play/graph.py`)."""
+_WITHIN: list[nn.Module] = []
+"""Models within `packed`."""
 Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """A model's own word on (batch, head, query position, key position): True where the query may see the key."""
 
@@ -56,11 +58,15 @@ def packed(model: nn.Module, name: str = NAME) -> Iterator[None]:
     """Within it the model takes rows of several sequences and a `layout`, and no others; not for two threads at once."""
     from sparring.fused import fused
 
-    if name == NAME and is_packed(model):
+    if name == NAME and any(own is model for own in _WITHIN):
         yield
         return
     with named(model, name), fused(model) if name == NAME else contextlib.nullcontext():
-        yield
+        _WITHIN.append(model)
+        try:
+            yield
+        finally:
+            _WITHIN.pop()
 
 
 @contextlib.contextmanager

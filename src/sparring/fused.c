@@ -13,33 +13,6 @@
 #define PARALLEL(numbers) PRAGMA(omp parallel for schedule(static) if ((numbers) > MANY))
 #define SIDE (WIDTH / 2)
 
-/* The same of what is float32 always. */
-INLINE lanes some(const float *from, int count) {
-    lanes x = {0};
-    if (count >= 16) return load(from);
-#ifdef MASKED
-    x = (lanes)_mm512_maskz_loadu_ps((1 << count) - 1, from);
-#else
-    memcpy(&x, from, count * sizeof *from);
-#endif
-    return x;
-}
-
-INLINE void put(lanes x, float *to, int count) {
-    if (count >= 16) memcpy(to, &x, 64);
-#ifdef MASKED
-    else _mm512_mask_storeu_ps(to, (1 << count) - 1, (__m512)x);
-#else
-    else memcpy(to, &x, count * sizeof *to);
-#endif
-}
-
-INLINE float total(lanes x) {
-    float sum = 0;
-    EACH(i, 16) sum += x[i];
-    return sum;
-}
-
 INLINE lanes sigmoid(lanes x) {
     lanes small = power(choose(x < 0.0f, x, -x) * LOG2E), one = 1.0f / (1.0f + small);
     return choose(x < 0.0f, small * one, one);
@@ -167,5 +140,8 @@ void gate_back(const number *both, const number *grad, number *of_both, number *
 /* x + more, `count` numbers. */
 void add(const float *x, const number *more, float *to, int64_t count) {
     PARALLEL(count)
-    for (int64_t i = 0; i < count; i += 16) put(some(x + i, count - i) + wide(more + i, count - i), to + i, count - i);
+    for (int64_t i = 0; i < count; i += 16) {
+        int left = count - i < 16 ? count - i : 16;
+        put(some(x + i, left) + wide(more + i, left), to + i, left);
+    }
 }

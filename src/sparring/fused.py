@@ -1,10 +1,10 @@
-"""Decoder layers of Llama's kind as five products, one attention and a few passes in C (`fused.c`), for CPUs.
+"""Decoder layers of Llama's kind as a few products, one attention and a few passes in C (`fused.c`), for CPUs.
 
 Such a layer is a norm, queries, keys and values, their rotation, attention, a norm, a gate: dozens of small operations in
 torch, and twice as many backward, each a way to memory and back and a cast. Here linear layers that read the same numbers
 are one product where weights are cast anyway, what lies between products is one pass, and backward passes keep only what
 they cannot make again at once. Which layers are of that kind is found by their parts, and by trying: one that computes
-anything else, has hooks or wrapped parts (adapters, other quantities than float32) is left to itself.
+anything else, has hooks or wrapped parts (adapters) or weights of other precisions than float32 is left to itself.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from sparring import native
@@ -34,8 +35,8 @@ _BLOCK = 64
 """Tokens whose gradients of a norm's weights `fused.c` sums at a time."""
 _SMALL = 2**20
 """Weights in float32 that are copied, so that they are one product."""
-_FITS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
-"""Whether a layer computes what `_Layer` does, of those that were tried."""
+_FITS: WeakKeyDictionary[nn.Module, tuple[list[nn.Module], bool]] = WeakKeyDictionary()
+"""Of layers that were tried their parts, and whether they compute what `_Layer` does."""
 
 
 class Kernel(NamedTuple):
@@ -84,7 +85,7 @@ def _loaded(dtype: torch.dtype, sizes: dict[str, int]) -> Kernel:
 
 @contextlib.contextmanager
 def fused(model: nn.Module) -> Iterator[None]:
-    """Within it and `attention.named` the model's layers that can be are computed so; their weights must not change."""
+    """Within it and `attention.named` the model's layers that can be are computed so."""
     own = layers(model)
     for layer in own:
         layer.module.__dict__["forward"] = layer
@@ -100,9 +101,10 @@ def layers(model: nn.Module) -> list[_Layer]:
     return [layer for module in model.modules() if (layer := _layer(module)) is not None]
 
 
-def linears(*models: nn.Module) -> set[nn.Module]:
-    """Linear layers that are computed so."""
-    return {linear for model in models for layer in layers(model) for linear in layer.linears}
+def linears(models: Sequence[nn.Module], compute: torch.dtype | None) -> set[nn.Module]:
+    """Linear layers that are computed so in this precision."""
+    own = [layer for model in models for layer in layers(model) if kernel(compute or torch.float32, layer.width)]
+    return {linear for layer in own for linear in layer.linears}
 
 
 def _layer(module: nn.Module) -> _Layer | None:
@@ -110,26 +112,35 @@ def _layer(module: nn.Module) -> _Layer | None:
     layer = _looks(module)
     if layer is None or any(_changed(part) for part in module.modules()) or not _own(module, layer):
         return None
-    if module not in _FITS:
+    parts = list(module.modules())[1:]
+    if module not in _FITS or _FITS[module][0] != parts:
         made = kernel(torch.float32, layer.width)
-        apart = None if made is None else _apart(layer, made)
-        if apart is not None and not apart < _EXACT:
-            log.info("%s: layers as they are, slower: in C they would be off by %.2g", type(module).__name__, apart)
-        _FITS[module] = apart is not None and apart < _EXACT
-    return layer if _FITS[module] else None
+        apart = torch.inf if made is None else _apart(layer, made)
+        if made is not None and not apart < _EXACT:
+            _tell(type(module).__name__)
+        _FITS[module] = parts, apart < _EXACT
+    return layer if _FITS[module][1] else None
+
+
+@cache
+def _tell(name: str) -> None:
+    """Once for all layers of a kind."""
+    log.info("%s: layers as they are, slower: they compute something else than layers in C", name)
 
 
 def _looks(module: nn.Module) -> _Layer | None:
     """A module as a layer, if it has a layer's parts."""
     attention, mlp = (module._modules.get(name) for name in ("self_attn", "mlp"))
     norms = [module._modules.get(name) for name in ("input_layernorm", "post_attention_layernorm")]
-    if attention is None or mlp is None or None in norms:
+    if attention is None or mlp is None or any(getattr(norm, "weight", None) is None for norm in norms):
         return None
     linears = [attention._modules.get(f"{name}_proj") for name in "qkvo"]
     linears += [mlp._modules.get(f"{name}_proj") for name in ("gate", "up", "down")]
     width = getattr(attention, "head_dim", None)
-    whole = all(type(linear) is nn.Linear for linear in linears)
-    return _Layer(module, norms, linears, width) if whole and width and width % 2 == 0 else None  # type: ignore[arg-type]
+    known = all(hasattr(attention, name) for name in ("layer_idx", "scaling"))
+    if not known or not width or width % 2 or any(type(linear) is not nn.Linear for linear in linears):
+        return None
+    return _Layer(module, norms, linears, width)  # type: ignore[arg-type]
 
 
 def _changed(module: nn.Module) -> bool:
@@ -143,10 +154,21 @@ def _changed(module: nn.Module) -> bool:
 def _own(module: nn.Module, layer: _Layer) -> bool:
     """Whether all of a module's numbers are a layer's, in float32 on a CPU."""
     known = {id(p) for part in (layer.before, layer.after, *layer.linears) for p in part.parameters(recurse=False)}
-    return not next(module.buffers(), None) and all(
-        id(p) in known and type(p) is nn.Parameter and p.dtype == torch.float32 and p.device.type == "cpu"
+    return next(module.buffers(), None) is None and all(
+        id(p) in known
+        and type(p) is nn.Parameter
+        and p.dtype == torch.float32
+        and p.device.type == "cpu"
+        and p.is_contiguous()
         for p in module.parameters()
     )
+
+
+def _drops(module: nn.Module) -> bool:
+    """Whether a layer, in training mode, drops numbers at random anywhere."""
+    values = [value for part in module.modules() for name, value in vars(part).items() if "drop" in name]
+    rates = [part.p for part in module.modules() if isinstance(part, nn.Dropout)]
+    return any(isinstance(value, float) and value > 0 for value in (*values, *rates))
 
 
 class _Layer:
@@ -162,8 +184,7 @@ class _Layer:
         attention: Any = module.self_attn
         self.number: int = attention.layer_idx
         self.scale: float = attention.scaling
-        self.drops = bool(getattr(attention, "attention_dropout", 0))
-        self._products: dict[tuple[torch.dtype, bool], list[_Product]] = {}
+        self._made: tuple[Any, list[_Product]] = (None, [])
 
     def __call__(
         self,
@@ -182,7 +203,7 @@ class _Layer:
             made is None
             or layout is None
             or position_embeddings is None
-            or (self.drops and self.module.training)
+            or (self.module.training and _drops(self.module))
             or hidden_states.dtype != torch.float32
             or len(hidden_states) != 1
             or any(x.dtype != torch.float32 or x.shape != angles for x in position_embeddings)
@@ -191,14 +212,21 @@ class _Layer:
                 self.module, hidden_states, attention_mask=attention_mask, position_embeddings=position_embeddings,
                 layout=layout, **rest,
             )  # fmt: skip
+        cos, sin = (x[0].contiguous() for x in position_embeddings)
+
+        def computed(x: Tensor) -> Tensor:
+            return self._computed(made, x[0].contiguous(), cos, sin, layout, attention_mask)[None]
+
+        module: Any = self.module
         with torch.autocast("cpu", enabled=False):
-            cos, sin = (x[0].contiguous() for x in position_embeddings)
-            return self._computed(made, hidden_states[0].contiguous(), cos, sin, layout, attention_mask)[None]
+            # What transformers does in a layer's own forward
+            if module.training and getattr(module, "gradient_checkpointing", False):
+                return module._gradient_checkpointing_func(computed, hidden_states)
+            return computed(hidden_states)
 
     def _computed(self, made: Kernel, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout, rule: Rule) -> Tensor:
-        learned = [p for part in (self.before, self.after, *self.linears) for p in part.parameters(recurse=False)]
-        learns = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in learned))
-        pass_ = _Pass(self, made, self._made(made.dtype, learns), cos, sin)
+        learns = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.module.parameters()))
+        pass_ = _Pass(self, made, self._products(made.dtype, learns), cos, sin)
         if not learns:
             made_of, _ = pass_.begin(x)
             mixed = layout.attend(self.number, States(*pass_.heads(made_of), self.scale, None), rule)
@@ -211,10 +239,13 @@ class _Layer:
         out: Tensor = _End.apply(pass_, x, mixed.reshape(len(x), -1), *given)  # type: ignore[no-untyped-call]
         return out
 
-    def _made(self, dtype: torch.dtype, learns: bool) -> list[_Product]:
-        if (dtype, learns) not in self._products:
-            self._products[dtype, learns] = [_Product(own, dtype, fixed=not learns) for own in self.joined]
-        return self._products[dtype, learns]
+    def _products(self, dtype: torch.dtype, learns: bool) -> list[_Product]:
+        """Those of the weights as they are; one set of copies is kept."""
+        known = dtype, learns, [(id(p), p._version) for linear in self.linears for p in linear.parameters()]
+        if self._made[0] != known:
+            self._made = None, []
+            self._made = known, [_Product(own, dtype, fixed=not learns) for own in self.joined]
+        return self._made[1]
 
 
 class _Product:
@@ -372,6 +403,7 @@ class _Begin(torch.autograd.Function):
         return *own.heads(made_of), x.view_as(x)
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, scale = ctx.saved_tensors
         return None, *ctx.own.begin_back(x, scale, grads[:3], grads[3])
@@ -387,6 +419,7 @@ class _End(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return None, *ctx.own.end_back(*ctx.saved_tensors, grads[0].contiguous())
 
@@ -439,19 +472,26 @@ def _problem(made: Kernel, width: int) -> str | None:
 def _apart(layer: _Layer, made: Kernel) -> float:
     """How far a layer by a kernel is from the layer's own forward in float32, values and gradients, by relative norms.
 
-    Infinite for a layer that is none of this kind, as it cannot be given what those are, or its attention is another.
+    Infinite for a layer that cannot be given what those of this kind are, or whose attention is another.
     """
+    with native.apart(), torch.inference_mode(False), torch.autocast("cpu", enabled=False):
+        try:
+            return _difference(copy.deepcopy(layer.module).eval().requires_grad_(True), made)
+        except Exception:  # layers fail in as many ways as there are layers
+            return torch.inf
+
+
+def _difference(module: nn.Module, made: Kernel) -> float:
     from sparring.tree import Tree
 
-    module = copy.deepcopy(layer.module).eval().requires_grad_(True)
-    twin = _looks(module)
-    assert twin is not None
+    own = _looks(module)
+    assert own is not None
     random = torch.Generator().manual_seed(0)
     tree = Tree([[1, 2, 3], [4]], [[[5, 6, 7], [8, 9]], [[10, 11, 12]]], torch.device("cpu"))
-    count, width = tree.ids.shape[1], layer.before.weight.shape[0]
+    count, width = tree.ids.shape[1], own.before.weight.shape[0]
     x, upstream = torch.randn(2, 1, count, width, generator=random, dtype=torch.float32)
     x.requires_grad_()
-    angle = torch.rand(count, layer.width // 2, generator=random, dtype=torch.float32) * 6
+    angle = torch.rand(count, own.width // 2, generator=random, dtype=torch.float32) * 6
     angles = torch.cat([angle, angle], 1)
     cos, sin = angles.cos(), angles.sin()
     rule: Rule = lambda b, h, q, k: k <= q  # noqa: E731
@@ -462,23 +502,17 @@ def _apart(layer: _Layer, made: Kernel) -> float:
             seen.append(states)
             return tree.attend(layer, states, rule)
 
+    with named(module):
+        forward = type(module).forward
+        theirs = forward(module, x, attention_mask=rule, position_embeddings=(cos[None], sin[None]), layout=Watched())
+        ours = own._computed(made, x[0], cos, sin, Watched(), rule)[None]
     leaves = [x, *module.parameters()]
-    found = []
-    with native.apart(), named(module), torch.autocast("cpu", enabled=False):
-        try:
-            own = type(module).forward(
-                module, x, attention_mask=rule, position_embeddings=(cos[None], sin[None]), layout=Watched()
-            )
-            ours = twin._computed(made, x[0], cos, sin, Watched(), rule)[None]
-            for out in (own, ours):
-                found.append([out.detach() - x.detach(), *torch.autograd.grad(out, leaves, upstream)])
-        except Exception:  # layers fail in as many ways as there are layers
-            return torch.inf
+    found = [[out.detach() - x.detach(), *torch.autograd.grad(out, leaves, upstream)] for out in (theirs, ours)]
     small = x.detach()[0] * 1e-3  # so small that what is added to mean squares shows
-    for norm in (twin.before, twin.after):
+    for norm in (own.before, own.after):
         scale = (small.square().mean(-1, keepdim=True) + _eps(norm)).rsqrt()
-        for out, of in zip(found, (norm(small), small * scale * norm.weight), strict=True):
-            out.append(of.detach())
+        for line, out in zip(found, (norm(small), small * scale * norm.weight), strict=True):
+            line.append(out.detach())
     one, other = seen
     if one.scale != other.scale or one.softcap is not None:
         return torch.inf

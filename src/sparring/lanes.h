@@ -40,28 +40,40 @@ INLINE words halved(lanes x) {
     return (known & ((word + 0x7fff + odd) >> 16)) | (~known & 0x7fc0);
 }
 
-/* `count` numbers of those in x, or all. */
-INLINE void narrow(lanes x, number *to, int count) {
-#if defined HALF && defined __AVX512BF16__
-    __m256bh made = _mm512_cvtneps_pbh((__m512)x);
-#elif defined HALF
-    halves made = __builtin_convertvector(halved(x), halves);
-#else
-    lanes made = x;
-#endif
-    if (count >= 16) memcpy(to, &made, 16 * sizeof *to);
-#if defined MASKED && defined HALF
-    else _mm256_mask_storeu_epi16(to, (1 << count) - 1, (__m256i)made);
-#elif defined MASKED
-    else _mm512_mask_storeu_ps(to, (1 << count) - 1, (__m512)made);
-#else
-    else memcpy(to, &made, count * sizeof *to);
-#endif
+INLINE lanes load(const float *from) {
+    lanes x;
+    memcpy(&x, from, 64);
+    return x;
 }
 
 /* Sixteen numbers, or `count` and zeros. */
-INLINE lanes wide(const number *from, int count) {
+INLINE lanes some(const float *from, int count) {
+    if (count >= 16) return load(from);
+#ifdef MASKED
+    return (lanes)_mm512_maskz_loadu_ps((1 << count) - 1, from);
+#else
+    lanes x = {0};
+    memcpy(&x, from, count * sizeof *from);
+    return x;
+#endif
+}
+
+/* Sixteen of x, or `count`. */
+INLINE void put(lanes x, float *to, int count) {
+    if (count >= 16) {
+        memcpy(to, &x, 64);
+        return;
+    }
+#ifdef MASKED
+    _mm512_mask_storeu_ps(to, (1 << count) - 1, (__m512)x);
+#else
+    memcpy(to, &x, count * sizeof *to);
+#endif
+}
+
 #ifdef HALF
+/* The same as what the package's C reads and writes: `number`s. */
+INLINE lanes wide(const number *from, int count) {
     halves x = {0};
     if (count >= 16) memcpy(&x, from, 32);
 #ifdef MASKED
@@ -70,22 +82,33 @@ INLINE lanes wide(const number *from, int count) {
     else memcpy(&x, from, count * sizeof *from);
 #endif
     return (lanes)(__builtin_convertvector(x, words) << 16);
-#else
-    lanes x = {0};
-    if (count >= 16) memcpy(&x, from, 64);
-#ifdef MASKED
-    else x = (lanes)_mm512_maskz_loadu_ps((1 << count) - 1, from);
-#else
-    else memcpy(&x, from, count * sizeof *from);
-#endif
-    return x;
-#endif
 }
 
-INLINE lanes load(const float *from) {
-    lanes x;
-    memcpy(&x, from, 64);
-    return x;
+INLINE void narrow(lanes x, number *to, int count) {
+#ifdef __AVX512BF16__
+    __m256bh made = _mm512_cvtneps_pbh((__m512)x);
+#else
+    halves made = __builtin_convertvector(halved(x), halves);
+#endif
+    if (count >= 16) {
+        memcpy(to, &made, 32);
+        return;
+    }
+#ifdef MASKED
+    _mm256_mask_storeu_epi16(to, (1 << count) - 1, (__m256i)made);
+#else
+    memcpy(to, &made, count * sizeof *to);
+#endif
+}
+#else
+#define wide some
+#define narrow put
+#endif
+
+INLINE float total(lanes x) {
+    float sum = 0;
+    EACH(i, 16) sum += x[i];
+    return sum;
 }
 
 INLINE lanes choose(ints which, lanes yes, lanes no) { return (lanes)((which & (ints)yes) | (~which & (ints)no)); }

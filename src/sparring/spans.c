@@ -19,7 +19,11 @@
 
 /* What products are made of: rows of WIDE numbers, zero behind WIDTH. The right side of one has two layouts: [k, n], or,
    PAIRED, [k / 2, n, 2]. */
+#ifdef __AVX512F__
 #define ROWS 8
+#else
+#define ROWS 2
+#endif
 #if defined HALF && defined __AVX512BF16__
 #define PAIRED
 #if defined __AMX_BF16__ && !defined UNTILED
@@ -36,10 +40,6 @@ typedef float operand;
 #define WIDE ROUNDED(WIDTH, 16)
 #define DEEP WIDTH             /* of it where it is summed over */
 #define TALL ROUNDED(WIDTH, 8) /* of it where it is the rows of a product */
-#ifndef __AVX512F__
-#undef ROWS
-#define ROWS 2
-#endif
 #endif
 
 /* The left side of a product: (i, k) is at[i * row + k * column]; `column` is 1 where PAIRED. */

@@ -9,6 +9,7 @@
 #include <string.h>
 #if defined __AVX512BW__ && defined __AVX512VL__
 #include <immintrin.h>
+#define MASKED /* reads some of a vector's numbers without a way through memory */
 #endif
 
 #define BLOCK 32
@@ -49,7 +50,7 @@ static inline __attribute__((always_inline)) lanes load(const number *from, int 
     halves x = {0};
     from += part * LANES;
     if (left >= LANES) memcpy(&x, from, LANES * sizeof *from);
-#if LANES == 8 && defined __AVX512BW__ && defined __AVX512VL__ /* a part of a vector, without a way through memory */
+#if LANES == 8 && defined MASKED
 #ifdef HALF
     else x = (halves)_mm_maskz_loadu_epi16((1 << left) - 1, from);
 #else

@@ -223,7 +223,7 @@ def _steps(
     vocabulary = unwrapped(model).get_output_embeddings().weight.shape[0]
     random = torch.Generator().manual_seed(0)
     prompts = [torch.randint(vocabulary, (1 + i % 8,), generator=random).tolist() for i in range(_ROWS)]
-    with autocast(torch.device("cpu"), compute), halved([model], compute, linears(model)), packed(model):
+    with autocast(torch.device("cpu"), compute), halved([model], compute, linears([model], compute)), packed(model):
         plain = Slots(model, _ROWS, 16).plain
         slots = Slots(model, _ROWS, 16, decoder or (lambda ids, at, layout: plain(ids, at, _Noting(layout, rules))))
         slots.fill(prompts, range(_ROWS))

@@ -189,7 +189,7 @@ def sample(
     # Tried in full precision, before autocast
     in_slots = all(slots.decodes(m) for m in models)
     decode = partial(slots.decode, graph=graph) if in_slots else padded.decode
-    theirs = fused.linears(*models) if in_slots else ()
+    theirs = fused.linears(models, compute) if in_slots else ()
     was_training = model.training
     model.eval()
     try:
