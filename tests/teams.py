@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 import traceback
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sparring import adapters, chosen, methods
+from sparring import adapters, chosen, fused, methods
 from sparring.adapters import Base
 from sparring.config import ModelConfig, TrainConfig
 from sparring.crew import FOLDER, Rank
@@ -121,6 +121,17 @@ def frozen(case: Case, paired: Sequence[Group]) -> dict[str, list[Frozen]]:
     }
 
 
+@contextmanager
+def own_layers() -> Iterator[None]:
+    """Whole models by their own layers, as those in shards are: what is compared is what sharing changes, which is nothing."""
+    before = fused.layers
+    fused.layers = lambda model: []
+    try:
+        yield
+    finally:
+        fused.layers = before
+
+
 class Stop(Exception):
     """Ends a training as a kill would."""
 
@@ -180,7 +191,7 @@ def work(number: int, size: int, place: Path, jobs: Sequence[tuple[str, str, dic
         device = torch.device(kind, number) if kind == "cuda" else torch.device(kind)
         if kind == "cuda":
             torch.cuda.set_device(device)
-        with team(Rank(number, size, number), place, "test", device, offload=False) as own:
+        with own_layers(), team(Rank(number, size, number), place, "test", device, offload=False) as own:
             for what, name, options in jobs:
                 _job(own, place / f"{what}-{name}", what, (PLAYERS if what == "player" else CASES)[name], options)
     except BaseException:

@@ -283,6 +283,14 @@ def test_an_optimizer_batch_has_the_same_gradient(
     assert apart(found, plain(learned)) < (1e-5 if compute is None else 0.1)
 
 
+def test_second_derivatives_are_an_error_instead_of_wrong() -> None:
+    model = drawn(*FAST["grouped heads"])
+    logps = packed_token_logps(model, PROMPTS, COMPLETIONS)
+    (grad,) = torch.autograd.grad(logps.sum(), model.model.layers[1].mlp.up_proj.weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.square().sum().backward()
+
+
 def test_weights_of_today_are_taken_and_nothing_stays_behind() -> None:
     model = drawn(*FAST["grouped heads"])
     with attention.packed(model):
@@ -336,11 +344,17 @@ def test_a_layer_that_computes_something_else_is_left_to_itself(caplog: pytest.L
 
 
 def test_parts_that_layers_of_this_kind_have_not() -> None:
-    """Norms without weights, and buffers."""
+    """Buffers, weights that do not lie together or were made in inference mode, and norms without weights."""
     for buffer in (torch.zeros(1), torch.ones(3)):
         model = made(*FAST["grouped heads"])
         model.model.layers[0].mlp.register_buffer("more", buffer)
         assert len(fused.layers(model)) == 2
+    strided = made(*FAST["grouped heads"])
+    strided.model.layers[0].input_layernorm.weight = nn.Parameter(torch.ones(64)[::2])
+    assert len(fused.layers(strided)) == 2
+    with torch.inference_mode():  # whose tensors do not tell when they are changed
+        untold = made(*FAST["grouped heads"])
+    assert not fused.layers(untold)
     olmo = made("Olmo", BASE)
     assert not fused.layers(olmo) and packs(olmo)
 

@@ -160,6 +160,7 @@ def _own(module: nn.Module, layer: _Layer) -> bool:
         and p.dtype == torch.float32
         and p.device.type == "cpu"
         and p.is_contiguous()
+        and not p.is_inference()
         for p in module.parameters()
     )
 
