@@ -13,11 +13,6 @@
 #define PARALLEL(numbers) PRAGMA(omp parallel for schedule(static) if ((numbers) > MANY))
 #define SIDE (WIDTH / 2)
 
-INLINE lanes sigmoid(lanes x) {
-    lanes small = power(choose(x < 0.0f, x, -x) * LOG2E), one = 1.0f / (1.0f + small);
-    return choose(x < 0.0f, small * one, one);
-}
-
 /* x [count, width], to which `more` is added where it is not NULL, into `sum`; to weight · x / its root mean square, and
    one over that, `scale` [count]. */
 void norm(const float *x, const number *more, const float *weight, float *sum, number *out, float *scale, int64_t count,
@@ -143,5 +138,18 @@ void add(const float *x, const number *more, float *to, int64_t count) {
     for (int64_t i = 0; i < count; i += 16) {
         int left = count - i < 16 ? count - i : 16;
         put(some(x + i, left) + wide(more + i, left), to + i, left);
+    }
+}
+
+/* Sums over tokens of x [count, width], whose rows are `stride` apart, by blocks of them: [blocks, width]. */
+void sum(const number *x, float *to, int64_t count, int64_t width, int64_t stride) {
+    PARALLEL(count * width)
+    for (int64_t block = 0; block < (count + BLOCK - 1) / BLOCK; block++) {
+        float *own = to + block * width;
+        memset(own, 0, width * sizeof *own);
+        int64_t end = (block + 1) * BLOCK < count ? (block + 1) * BLOCK : count;
+        for (int64_t i = block * BLOCK; i < end; i++)
+            for (int64_t d = 0; d < width; d += 16)
+                put(some(own + d, width - d) + wide(x + i * stride + d, width - d), own + d, width - d);
     }
 }

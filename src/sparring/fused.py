@@ -50,6 +50,7 @@ class Kernel(NamedTuple):
     gate: Any
     gate_back: Any
     add: Any
+    sum: Any
 
 
 @cache
@@ -76,6 +77,7 @@ def _loaded(dtype: torch.dtype, sizes: dict[str, int]) -> Kernel:
         "gate": [*[pointer] * 2, number, number],
         "gate_back": [*[pointer] * 4, number, number],
         "add": [*[pointer] * 3, number],
+        "sum": [*[pointer] * 2, number, number, number],
     }
     functions = [getattr(made, name) for name in arguments]
     for function, types in zip(functions, arguments.values(), strict=True):
@@ -299,18 +301,17 @@ class _Product:
             torch.addmm(out, part, weight, out=out)
         return out
 
-    def gradients(self, grad: Tensor, x: Tensor) -> list[Tensor | None]:
+    def gradients(self, made: Kernel, grad: Tensor, x: Tensor) -> list[Tensor | None]:
         """Those of each layer's weight and bias, in float32; None for what does not learn."""
         found: list[Tensor | None] = []
         parts = grad.split_with_sizes([len(weight) for weight in self.weights], 1)
-        made = (
-            [(part.t() @ x).float() for part in parts] if any(own.weight.requires_grad for own in self.linears) else []
-        )
-        of_weights = [own for one in made for own in one.split_with_sizes(self.sizes)] if len(made) == 1 else made
+        learn = any(own.weight.requires_grad for own in self.linears)
+        wholes = [(part.t() @ x).float() for part in parts] if learn else []
+        of_weights = [own for one in wholes for own in one.split_with_sizes(self.sizes)] if len(wholes) == 1 else wholes
         for i, (linear, part) in enumerate(zip(self.linears, grad.split_with_sizes(self.sizes, 1), strict=True)):
             found.append(of_weights[i] if linear.weight.requires_grad else None)
             learns = linear.bias is not None and linear.bias.requires_grad
-            found.append(part.sum(0, dtype=torch.float32) if learns else None)
+            found.append(_summed(made, part) if learns else None)
         return found
 
 
@@ -348,7 +349,7 @@ class _Pass:
         grad = x.new_empty(len(x), sum(product.sizes), dtype=self.made.dtype)
         _call(self.made.rotate_back, (query, key, value, self.cos, self.sin, grad), len(x), layer.heads, layer.groups)
         of_x, _, normed, of_weight = self._norm_back(layer.before, x, scale, product.back(grad), rest, half=False)
-        return [of_x, of_weight, *product.gradients(grad, normed)]
+        return [of_x, of_weight, *product.gradients(self.made, grad, normed)]
 
     def end(self, x: Tensor, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Hidden states and attention's output [N, heads · D] to the next ones; the sum between, its scales, and gates."""
@@ -370,9 +371,10 @@ class _Pass:
         of_x, narrow, normed, of_weight = self._norm_back(
             self.layer.after, middle, scale, wide.back(of_both), grad, half=True
         )
-        of_o = o.gradients(narrow, mixed)
+        of_o = o.gradients(self.made, narrow, mixed)
         return [
-            of_x, o.back(narrow), of_weight, *of_o, *wide.gradients(of_both, normed), *down.gradients(half, opened)
+            of_x, o.back(narrow), of_weight, *of_o, *wide.gradients(self.made, of_both, normed),
+            *down.gradients(self.made, half, opened),
         ]  # fmt: skip
 
     def _norm(self, part: Any, x: Tensor, more: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -427,6 +429,13 @@ class _End(torch.autograd.Function):
 
 def _call(function: Any, tensors: Sequence[Tensor | None], *numbers: float) -> None:
     function(*(None if x is None else x.data_ptr() for x in tensors), *numbers)
+
+
+def _summed(made: Kernel, x: Tensor) -> Tensor:
+    """[N, C], of which numbers of a token lie one after the other, to sums over tokens in float32."""
+    parts = torch.empty(-(-len(x) // _BLOCK), x.shape[1], dtype=torch.float32)
+    _call(made.sum, (x, parts), *x.shape, x.stride(0))
+    return parts.sum(0)
 
 
 def _eps(norm: Any) -> float:

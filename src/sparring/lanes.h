@@ -113,13 +113,16 @@ INLINE float total(lanes x) {
 
 INLINE lanes choose(ints which, lanes yes, lanes no) { return (lanes)((which & (ints)yes) | (~which & (ints)no)); }
 
-/* 2^x of an x that is not positive, good to two units in the last place; 0 below 2^-126, which keeps sums from slow
-   numbers. */
+/* 2^x of an x of 126 at most, good to two units in the last place; 0 below 2^-126, which keeps sums from slow numbers. */
 INLINE lanes power(lanes x) {
+#ifdef __AVX512F__
+    lanes n = (lanes)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT), r = x - n;
+#else
     lanes kept = choose(x < -126.0f, (lanes){0} - 126.0f, x);
     lanes shifted = kept + 12582912.0f; /* the nearest whole number, in its last bits */
     ints n = (ints)shifted - (ints)((lanes){0} + 12582912.0f);
     lanes r = kept - (shifted - 12582912.0f);
+#endif
     lanes p = (lanes){0} + 1.5403530e-4f; /* ln(2)^6 / 6! and so on */
     p = p * r + 1.3333558e-3f;
     p = p * r + 9.6181291e-3f;
@@ -127,6 +130,24 @@ INLINE lanes power(lanes x) {
     p = p * r + 2.4022651e-1f;
     p = p * r + 6.9314718e-1f;
     p = p * r + 1.0f;
+#ifdef __AVX512F__
+    __mmask16 some = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
+    return (lanes)_mm512_maskz_scalef_ps(some, (__m512)p, (__m512)n);
+#else
     p *= (lanes)((n + 127) << 23);
     return choose(x < -126.0f, (lanes){0}, p);
+#endif
+}
+
+/* 1 / (1 + e^-x). */
+INLINE lanes sigmoid(lanes x) {
+    lanes y = x * -LOG2E;
+    lanes sum = 1.0f + power(choose(y > 126.0f, (lanes){0} + 126.0f, y));
+#ifdef __AVX512F__
+    /* Division takes as long as all the rest; one step of Newton's leaves an error of 2^-23 */
+    lanes near = (lanes)_mm512_rcp14_ps((__m512)sum);
+    return near * (2.0f - sum * near);
+#else
+    return 1.0f / sum;
+#endif
 }
