@@ -31,8 +31,8 @@ pytestmark = pytest.mark.skipif(
     shutil.which("cc") is None or platform.machine() not in ("x86_64", "aarch64"), reason="no C compiler"
 )
 BOTH = [torch.float32, torch.bfloat16]
-LLAMAS = ["grouped heads", "sliding window", "window in some layers", "tied"]
-"""Of test_packed's models those whose layers are of the kind: Llama, Mistral, Qwen2, whose linear layers have biases,
+LLAMAS = ["grouped heads", "sliding window", "window in some layers", "norms of heads", "tied"]
+"""Of test_packed's models those whose layers are of the kind: Llama, Mistral, Qwen2, whose linear layers have biases, Qwen3
 and Granite without factors of its own."""
 ODD = BASE | {"hidden_size": 36, "intermediate_size": 50, "head_dim": 6, "num_attention_heads": 6}
 """No size is a multiple of a vector's."""
@@ -180,36 +180,49 @@ def test_gates_and_sums_by_torch(dtype: torch.dtype, count: int, width: int) -> 
     x, sums = torch.randn(count, width, generator=make), Guarded(count, width, dtype=torch.float32)
     fused._call(own.add, (x, grad, sums.own), x.numel())
     assert torch.equal(sums.own, x + grad)
-    assert all(guarded.kept() for guarded in (out, again, of_both, sums))
+    of_tokens = Guarded(-(-count // _BLOCK), width, dtype=torch.float32)
+    part = both.nan_to_num(2)[:, width:]
+    fused._call(own.sum, (part, of_tokens.own), count, width, part.stride(0))
+    torch.testing.assert_close(of_tokens.own.sum(0).double(), part.double().sum(0), rtol=1e-5, atol=1e-4)
+    assert all(guarded.kept() for guarded in (out, again, of_both, sums, of_tokens))
 
 
 @pytest.mark.parametrize("dtype", BOTH)
 @pytest.mark.parametrize("width", [6, 32, 64, 80])
-def test_rotations_by_torch(dtype: torch.dtype, width: int) -> None:
-    """With angles of their own for both halves of a head, which a model's are not."""
+@pytest.mark.parametrize(("count", "norms"), [(5, False), (5, True), (_BLOCK + 3, True)])
+def test_rotations_by_torch(dtype: torch.dtype, width: int, count: int, norms: bool) -> None:
+    """With angles of their own for both halves of a head, which a model's are not; with and without norms of heads."""
     make = torch.Generator().manual_seed(0)
-    own, limit, (count, heads, groups) = kernel(dtype, width), 1e-6 if dtype == torch.float32 else 2e-2, (5, 3, 2)
+    own, limit, heads, groups = kernel(dtype, width), 1e-5 if dtype == torch.float32 else 2e-2, 3, 2
     assert own is not None
-    stride = (heads + 2 * groups) * width
+    stride, turns = (heads + 2 * groups) * width, (heads + groups) * width
     cos, sin = torch.randn(2, count, width, generator=make)
     before = torch.randn(count, stride, generator=make).to(dtype)
-    leaf = before.float().requires_grad_()
-    turned = leaf[:, : (heads + groups) * width].view(count, -1, width)
+    leaf, weights = before.float().requires_grad_(), torch.randn(2, width, generator=make).requires_grad_()
+    turned, eps = leaf[:, :turns].view(count, -1, width), 0.5
+    if norms:
+        each = torch.stack([*weights[:1].expand(heads, -1), *weights[1:].expand(groups, -1)])
+        turned = turned * (turned.pow(2).mean(-1, keepdim=True) + eps).rsqrt() * each
     low, high = turned.split(width // 2, -1)
-    right = turned * cos[:, None] + torch.cat([-high, low], -1) * sin[:, None]
-    right = torch.cat([right.flatten(1), leaf[:, (heads + groups) * width :]], 1)
-    rotated, back = Guarded(count, stride, dtype=dtype), Guarded(count, stride, dtype=dtype)
-    rotated.own.copy_(before)
-    fused._call(own.rotate, (rotated.own, cos, sin), count, stride, heads + groups)
-    torch.testing.assert_close(rotated.own.float(), right, rtol=limit, atol=limit)
+    right = (turned * cos[:, None] + torch.cat([-high, low], -1) * sin[:, None]).flatten(1)
+    given = tuple(weights.detach()) if norms else (None, None)
+    there, elsewhere, back = (Guarded(count, n, dtype=dtype) for n in (stride, turns, stride))
+    there.own.copy_(before)
+    fused._call(own.rotate, (before, cos, sin, *given, elsewhere.own), count, stride, turns, heads, groups, eps)
+    fused._call(own.rotate, (there.own, cos, sin, *given, there.own), count, stride, stride, heads, groups, eps)
+    torch.testing.assert_close(elsewhere.own.float(), right, rtol=limit, atol=limit)
+    assert torch.equal(there.own, torch.cat([elsewhere.own, before[:, turns:]], 1))
     grad = torch.randn(count, stride, generator=make).to(dtype)
-    sizes = [heads * width, groups * width, groups * width]
-    parts = [part.contiguous() for part in grad.split(sizes, 1)]
-    fused._call(own.rotate_back, (*parts, cos, sin, back.own), count, heads, groups)
-    torch.testing.assert_close(
-        back.own.float(), torch.autograd.grad(right, leaf, grad.float())[0], rtol=limit, atol=limit
-    )
-    assert rotated.kept() and back.kept()
+    parts = [part.contiguous() for part in grad.split([heads * width, groups * width, groups * width], 1)]
+    sums = Guarded(-(-count // _BLOCK), 2, width, dtype=torch.float32)
+    tensors = (*parts, cos, sin, before, *given, back.own, sums.own if norms else None)
+    fused._call(own.rotate_back, tensors, count, heads, groups, eps)
+    exact = torch.autograd.grad(right, (leaf, weights) if norms else (leaf,), grad.float()[:, :turns])
+    exact[0][:, turns:] = grad[:, turns:]
+    torch.testing.assert_close(back.own.float(), exact[0], rtol=limit, atol=limit)
+    if norms:
+        torch.testing.assert_close(sums.own.sum(0), exact[1], rtol=1e-4, atol=1e-4)
+    assert all(guarded.kept() for guarded in (there, elsewhere, back, sums))
 
 
 @pytest.mark.parametrize("dtype", BOTH)
@@ -381,11 +394,13 @@ def test_norms_are_tried_with_numbers_so_small_that_what_is_added_shows() -> Non
         def forward(self, x: Tensor) -> Tensor:
             return nn.functional.rms_norm(x, x.shape[-1:], self.weight, 3e-6)
 
-    for name in ("input_layernorm", "post_attention_layernorm"):
-        model = made(*FAST["grouped heads"])
+    for name in ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm"):
+        model = made(*FAST["norms of heads"])
         layer = model.model.layers[0]
-        setattr(layer, name, Other(getattr(layer, name)))
+        layer.set_submodule(name, Other(layer.get_submodule(name)))
         assert [own.number for own in fused.layers(model)] == [1, 2]
+    model.model.layers[1].self_attn.k_norm.variance_epsilon = 1e-4  # one for both is all that is known
+    assert [own.number for own in fused.layers(model)] == [2]
 
 
 def test_layers_that_others_have_changed_are_left_to_themselves() -> None:

@@ -33,6 +33,7 @@ FAST: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen2",
         BASE | {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
     ),
+    "norms of heads": ("Qwen3", BASE | {"head_dim": 12}),
     "soft caps": (
         "Gemma2",
         BASE | {"head_dim": 8, "sliding_window": 8, "final_logit_softcapping": 5.0, "attn_logit_softcapping": 2.0},

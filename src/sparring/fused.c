@@ -12,6 +12,7 @@
 #define PRAGMA(text) _Pragma(#text)
 #define PARALLEL(numbers) PRAGMA(omp parallel for schedule(static) if ((numbers) > MANY))
 #define SIDE (WIDTH / 2)
+#define TURNS ((SIDE + 15) / 16)
 
 /* x [count, width], to which `more` is added where it is not NULL, into `sum`; to weight · x / its root mean square, and
    one over that, `scale` [count]. */
@@ -71,39 +72,101 @@ void norm_back(const float *x, const float *weight, const float *scale, const nu
     }
 }
 
-/* A head's numbers turned by its token's angles, or, with `back`, the gradient of that. */
-INLINE void turn(const number *from, number *to, const float *cos, const float *sin, const int back) {
-    EACH(d, (SIDE + 15) / 16) {
+/* A head's numbers, those that are turned by cosines and sines of one angle in one lane; zeros behind SIDE. */
+struct head {
+    lanes low[TURNS], high[TURNS];
+};
+
+INLINE void take(const number *from, struct head *x) {
+    EACH(d, TURNS) x->low[d] = wide(from + 16 * d, SIDE - 16 * d), x->high[d] = wide(from + SIDE + 16 * d, SIDE - 16 * d);
+}
+
+INLINE void give(const struct head *x, number *to) {
+    EACH(d, TURNS) narrow(x->low[d], to + 16 * d, SIDE - 16 * d), narrow(x->high[d], to + SIDE + 16 * d, SIDE - 16 * d);
+}
+
+/* By a token's cos and sin [WIDTH], or, with `back`, the gradient of that. */
+INLINE void turn(struct head *x, const float *cos, const float *sin, const int back) {
+    EACH(d, TURNS) {
         int at = 16 * d, n = SIDE - at;
-        lanes a = wide(from + at, n), b = wide(from + SIDE + at, n);
+        lanes a = x->low[d], b = x->high[d];
         lanes c = some(cos + at, n), e = some(cos + SIDE + at, n), s = some(sin + at, n), z = some(sin + SIDE + at, n);
-        narrow(back ? a * c + b * z : a * c - b * s, to + at, n);
-        narrow(back ? b * e - a * s : b * e + a * z, to + SIDE + at, n);
+        x->low[d] = back ? a * c + b * z : a * c - b * s;
+        x->high[d] = back ? b * e - a * s : b * e + a * z;
     }
 }
 
-/* The first `heads` heads of tokens' numbers [count, stride], in place, by cos and sin [count, WIDTH]. */
-void rotate(number *x, const float *cos, const float *sin, int64_t count, int64_t stride, int64_t heads) {
-    PARALLEL(count * heads * WIDTH)
+/* The sum of products of two heads' numbers. */
+INLINE float dot(const struct head *x, const struct head *y) {
+    lanes sum = {0};
+    EACH(d, TURNS) sum += x->low[d] * y->low[d] + x->high[d] * y->high[d];
+    return total(sum);
+}
+
+/* To weight · x / its root mean square, where there is a weight [WIDTH]. */
+INLINE void normed(struct head *x, const float *weight, float eps) {
+    if (!weight) return;
+    float r = 1.0f / sqrtf(dot(x, x) / WIDTH + eps);
+    EACH(d, TURNS) {
+        x->low[d] *= r * some(weight + 16 * d, SIDE - 16 * d);
+        x->high[d] *= r * some(weight + SIDE + 16 * d, SIDE - 16 * d);
+    }
+}
+
+/* Of the gradient of what `normed` made of x that of x; the weight's is added to `of_weight`. */
+INLINE void normed_back(struct head *grad, const number *from, const float *weight, float eps, float *of_weight) {
+    if (!weight) return;
+    struct head x;
+    take(from, &x);
+    float r = 1.0f / sqrtf(dot(&x, &x) / WIDTH + eps);
+    EACH(d, TURNS) {
+        int at = 16 * d, n = SIDE - at;
+        x.low[d] *= r, x.high[d] *= r;
+        put(some(of_weight + at, n) + grad->low[d] * x.low[d], of_weight + at, n);
+        put(some(of_weight + SIDE + at, n) + grad->high[d] * x.high[d], of_weight + SIDE + at, n);
+        grad->low[d] *= some(weight + at, n), grad->high[d] *= some(weight + SIDE + at, n);
+    }
+    float slope = dot(grad, &x) / WIDTH;
+    EACH(d, TURNS) grad->low[d] = (grad->low[d] - slope * x.low[d]) * r, grad->high[d] = (grad->high[d] - slope * x.high[d]) * r;
+}
+
+/* The first heads of tokens' numbers, `stride` from token to token: `heads` of queries and `groups` of keys, by cos and sin
+   [count, WIDTH]. With norms' weights of queries and of keys, which may be NULL. To `to`, which may be where they are. */
+void rotate(const number *x, const float *cos, const float *sin, const float *query, const float *key, number *to,
+            int64_t count, int64_t stride, int64_t to_stride, int64_t heads, int64_t groups, float eps) {
+    PARALLEL(count * (heads + groups) * WIDTH)
     for (int64_t i = 0; i < count; i++)
-        for (int64_t h = 0; h < heads; h++) {
-            number *own = x + i * stride + h * WIDTH;
-            turn(own, own, cos + i * WIDTH, sin + i * WIDTH, 0);
+        for (int64_t h = 0; h < heads + groups; h++) {
+            struct head own;
+            take(x + i * stride + h * WIDTH, &own);
+            normed(&own, h < heads ? query : key, eps);
+            turn(&own, cos + i * WIDTH, sin + i * WIDTH, 0);
+            give(&own, to + i * to_stride + h * WIDTH);
         }
 }
 
-/* Gradients of queries [count, heads, WIDTH] and of keys and values [count, groups, WIDTH] to those of what was rotated,
-   side by side. */
-void rotate_back(const number *query, const number *key, const number *value, const float *cos, const float *sin,
-                 number *to, int64_t count, int64_t heads, int64_t groups) {
+/* Gradients of queries [count, heads, WIDTH] and of keys and values [count, groups, WIDTH] to those of what was rotated, `x`,
+   side by side; by blocks of tokens those of the norms' weights, [blocks, 2, WIDTH]. */
+void rotate_back(const number *of_query, const number *of_key, const number *of_value, const float *cos, const float *sin,
+                 const number *x, const float *query, const float *key, number *to, float *of_weights, int64_t count,
+                 int64_t heads, int64_t groups, float eps) {
     int64_t stride = (heads + 2 * groups) * WIDTH;
     PARALLEL(count * stride)
-    for (int64_t i = 0; i < count; i++) {
-        number *own = to + i * stride;
-        const float *c = cos + i * WIDTH, *s = sin + i * WIDTH;
-        for (int64_t h = 0; h < heads; h++, own += WIDTH) turn(query + (i * heads + h) * WIDTH, own, c, s, 1);
-        for (int64_t h = 0; h < groups; h++, own += WIDTH) turn(key + (i * groups + h) * WIDTH, own, c, s, 1);
-        memcpy(own, value + i * groups * WIDTH, groups * WIDTH * sizeof *own);
+    for (int64_t block = 0; block < (count + BLOCK - 1) / BLOCK; block++) {
+        float none[1], *sums = query ? of_weights + block * 2 * WIDTH : none;
+        if (query) memset(sums, 0, 2 * WIDTH * sizeof *sums);
+        int64_t end = (block + 1) * BLOCK < count ? (block + 1) * BLOCK : count;
+        for (int64_t i = block * BLOCK; i < end; i++) {
+            for (int64_t h = 0; h < heads + groups; h++) {
+                const int asks = h < heads;
+                struct head own;
+                take(asks ? of_query + (i * heads + h) * WIDTH : of_key + (i * groups + h - heads) * WIDTH, &own);
+                turn(&own, cos + i * WIDTH, sin + i * WIDTH, 1);
+                normed_back(&own, x + i * stride + h * WIDTH, asks ? query : key, eps, asks || !query ? sums : sums + WIDTH);
+                give(&own, to + i * stride + h * WIDTH);
+            }
+            memcpy(to + i * stride + (heads + groups) * WIDTH, of_value + i * groups * WIDTH, groups * WIDTH * sizeof *to);
+        }
     }
 }
 

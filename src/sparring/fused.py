@@ -72,8 +72,8 @@ def _loaded(dtype: torch.dtype, sizes: dict[str, int]) -> Kernel:
     arguments = {
         "norm": [*[pointer] * 6, number, number, ctypes.c_float],
         "norm_back": [*[pointer] * 9, number, number],
-        "rotate": [*[pointer] * 3, number, number, number],
-        "rotate_back": [*[pointer] * 6, number, number, number],
+        "rotate": [*[pointer] * 6, *[number] * 5, ctypes.c_float],
+        "rotate_back": [*[pointer] * 10, *[number] * 3, ctypes.c_float],
         "gate": [*[pointer] * 2, number, number],
         "gate_back": [*[pointer] * 4, number, number],
         "add": [*[pointer] * 3, number],
@@ -142,7 +142,11 @@ def _looks(module: nn.Module) -> _Layer | None:
     known = all(hasattr(attention, name) for name in ("layer_idx", "scaling"))
     if not known or not width or width % 2 or any(type(linear) is not nn.Linear for linear in linears):
         return None
-    return _Layer(module, norms, linears, width)  # type: ignore[arg-type]
+    of_heads = [own for name in ("q_norm", "k_norm") if (own := attention._modules.get(name)) is not None]
+    shapes = [getattr(getattr(own, "weight", None), "shape", None) for own in of_heads]
+    if of_heads and (shapes != [(width,)] * 2 or _eps(of_heads[0]) != _eps(of_heads[1])):
+        return None
+    return _Layer(module, norms, of_heads, linears, width)  # type: ignore[arg-type]
 
 
 def _changed(module: nn.Module) -> bool:
@@ -155,7 +159,7 @@ def _changed(module: nn.Module) -> bool:
 
 def _own(module: nn.Module, layer: _Layer) -> bool:
     """Whether all of a module's numbers are a layer's, in float32 on a CPU."""
-    known = {id(p) for part in (layer.before, layer.after, *layer.linears) for p in part.parameters(recurse=False)}
+    known = {id(p) for part in (*layer.norms, *layer.linears) for p in part.parameters(recurse=False)}
     return next(module.buffers(), None) is None and all(
         id(p) in known
         and type(p) is nn.Parameter
@@ -177,9 +181,14 @@ def _drops(module: nn.Module) -> bool:
 class _Layer:
     """A layer's parts, and its forward pass within `attention.packed`."""
 
-    def __init__(self, module: nn.Module, norms: Sequence[Any], linears: Sequence[nn.Linear], width: int) -> None:
+    def __init__(
+        self, module: nn.Module, norms: Sequence[Any], of_heads: Sequence[Any], linears: Sequence[nn.Linear], width: int
+    ) -> None:
         self.module, self.linears = module, tuple(linears)
+        self.norms = (*norms, *of_heads)
         self.before, self.after = norms
+        self.of_heads = tuple(of_heads)
+        """The norms of queries and of keys, or none."""
         q, k, v, o, gate, up, down = linears
         self.joined: tuple[tuple[nn.Linear, ...], ...] = ((q, k, v), (o,), (gate, up), (down,))
         self.width = width
@@ -231,11 +240,12 @@ class _Layer:
         learns = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.module.parameters()))
         pass_ = _Pass(self, made, self._products(made.dtype, learns), cos, sin)
         if not learns:
-            made_of, _ = pass_.begin(x)
-            mixed = layout.attend(self.number, States(*pass_.heads(made_of), self.scale, None), rule)
+            begun = pass_.begin(x)
+            mixed = layout.attend(self.number, States(*begun.heads, self.scale, None), rule)
             return pass_.end(x, mixed.reshape(len(x), -1).contiguous())[0]
         q, k, v, o, gate, up, down = self.linears
-        given: list[Tensor | None] = [self.before.weight, *(x for part in (q, k, v) for x in (part.weight, part.bias))]
+        given: list[Tensor | None] = [norm.weight for norm in (self.before, *self.of_heads)]
+        given += [x for part in (q, k, v) for x in (part.weight, part.bias)]
         query, key, value, x = _Begin.apply(pass_, x, *given)  # type: ignore[no-untyped-call]
         mixed = layout.attend(self.number, States(query, key, value, self.scale, None), rule)
         given = [self.after.weight, *(x for part in (o, gate, up, down) for x in (part.weight, part.bias))]
@@ -315,6 +325,17 @@ class _Product:
         return found
 
 
+class _Begun(NamedTuple):
+    """What attention is given, and what the way back needs."""
+
+    heads: tuple[Tensor, Tensor, Tensor]
+    """Rotated queries and keys, and values, [N, heads, D]."""
+    scale: Tensor
+    """The norm's, [N]."""
+    raw: Tensor | None
+    """Queries, keys and values side by side as products made them, where heads have norms."""
+
+
 @dataclass(frozen=True)
 class _Pass:
     """A layer's two halves, before and behind attention, in one pass."""
@@ -326,30 +347,40 @@ class _Pass:
     """[N, D]"""
     sin: Tensor
 
-    def begin(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Hidden states [N, H] to rotated queries, keys and values side by side, and the norm's scales [N]."""
+    def begin(self, x: Tensor) -> _Begun:
+        """The first half, of hidden states [N, H]."""
         layer = self.layer
         _, normed, scale = self._norm(layer.before, x, None)
-        out = self.products[0](normed)
-        turned = layer.heads + layer.groups
-        _call(self.made.rotate, (out, self.cos, self.sin), len(out), out.shape[1], turned)
-        return out, scale
+        raw = self.products[0](normed)
+        turned = raw if not layer.of_heads else raw.new_empty(len(raw), (layer.heads + layer.groups) * layer.width)
+        sizes = len(raw), raw.shape[1], turned.shape[1], layer.heads, layer.groups
+        _call(self.made.rotate, (raw, self.cos, self.sin, *self._of_heads(), turned), *sizes, self._eps_of_heads())
+        query, key = turned.unflatten(1, (-1, layer.width))[:, : layer.heads + layer.groups].split_with_sizes(
+            [layer.heads, layer.groups], 1
+        )
+        value = raw.unflatten(1, (-1, layer.width))[:, layer.heads + layer.groups :]
+        return _Begun((query, key, value), scale, raw if layer.of_heads else None)
 
-    def heads(self, made_of: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values [N, heads, D] of what `begin` gives."""
-        layer = self.layer
-        sizes = [layer.heads, layer.groups, layer.groups]
-        query, key, value = made_of.view(len(made_of), -1, layer.width).split_with_sizes(sizes, 1)
-        return query, key, value
-
-    def begin_back(self, x: Tensor, scale: Tensor, grads: Sequence[Tensor], rest: Tensor) -> list[Tensor | None]:
-        """Gradients of `x`, the norm's weight and the linear layers'."""
+    def begin_back(
+        self, x: Tensor, scale: Tensor, raw: Tensor | None, grads: Sequence[Tensor], rest: Tensor
+    ) -> list[Tensor | None]:
+        """Gradients of `x`, the norms' weights and the linear layers'."""
         layer, product = self.layer, self.products[0]
         query, key, value = (grad.contiguous() for grad in grads)
         grad = x.new_empty(len(x), sum(product.sizes), dtype=self.made.dtype)
-        _call(self.made.rotate_back, (query, key, value, self.cos, self.sin, grad), len(x), layer.heads, layer.groups)
+        sums = None if raw is None else x.new_empty(_blocks(x), 2, layer.width)
+        tensors = (query, key, value, self.cos, self.sin, raw, *self._of_heads(), grad, sums)
+        _call(self.made.rotate_back, tensors, len(x), layer.heads, layer.groups, self._eps_of_heads())
         of_x, _, normed, of_weight = self._norm_back(layer.before, x, scale, product.back(grad), rest, half=False)
-        return [of_x, of_weight, *product.gradients(self.made, grad, normed)]
+        of_heads = [] if sums is None else sums.sum(0)
+        return [of_x, of_weight, *of_heads, *product.gradients(self.made, grad, normed)]
+
+    def _of_heads(self) -> Sequence[Tensor | None]:
+        """The weights of queries' and of keys' norms."""
+        return [norm.weight for norm in self.layer.of_heads] or (None, None)
+
+    def _eps_of_heads(self) -> float:
+        return _eps(self.layer.of_heads[0]) if self.layer.of_heads else 0.0
 
     def end(self, x: Tensor, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Hidden states and attention's output [N, heads · D] to the next ones; the sum between, its scales, and gates."""
@@ -390,7 +421,7 @@ class _Pass:
         """The gradient of x, the same in the products' precision where `half`, what the norm made, its weight's gradient."""
         of_x, out = torch.empty_like(x), torch.empty(x.shape, dtype=self.made.dtype)
         narrow = torch.empty_like(out) if half and out.dtype != of_x.dtype else None
-        sums = x.new_empty(-(-len(x) // _BLOCK), x.shape[1])
+        sums = x.new_empty(_blocks(x), x.shape[1])
         tensors = (x, part.weight, scale, grad, rest.contiguous(), of_x, narrow, out, sums)
         _call(self.made.norm_back, tensors, *x.shape)
         return of_x, of_x if narrow is None else narrow, out, sums.sum(0)
@@ -399,17 +430,16 @@ class _Pass:
 class _Begin(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, own: _Pass, x: Tensor, *_: Tensor | None) -> tuple[Tensor, ...]:
-        made_of, scale = own.begin(x)
-        ctx.save_for_backward(x, scale)
+        heads, scale, raw = own.begin(x)
+        ctx.save_for_backward(x, scale, raw)
         ctx.own = own
         # x goes through, so that its gradient from behind is added where that of the norm is made
-        return *own.heads(made_of), x.view_as(x)
+        return *heads, x.view_as(x)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, scale = ctx.saved_tensors
-        return None, *ctx.own.begin_back(x, scale, grads[:3], grads[3])
+        return None, *ctx.own.begin_back(*ctx.saved_tensors, grads[:3], grads[3])
 
 
 class _End(torch.autograd.Function):
@@ -431,9 +461,13 @@ def _call(function: Any, tensors: Sequence[Tensor | None], *numbers: float) -> N
     function(*(None if x is None else x.data_ptr() for x in tensors), *numbers)
 
 
+def _blocks(x: Tensor) -> int:
+    return -(-len(x) // _BLOCK)
+
+
 def _summed(made: Kernel, x: Tensor) -> Tensor:
     """[N, C], of which numbers of a token lie one after the other, to sums over tokens in float32."""
-    parts = torch.empty(-(-len(x) // _BLOCK), x.shape[1], dtype=torch.float32)
+    parts = torch.empty(_blocks(x), x.shape[1], dtype=torch.float32)
     _call(made.sum, (x, parts), *x.shape, x.stride(0))
     return parts.sum(0)
 
@@ -458,25 +492,30 @@ def laid_out(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
 
 
 def _problem(made: Kernel, width: int) -> str | None:
-    """What is wrong with a kernel, tried on a layer of transformers' own; None where nothing is."""
-    from transformers import LlamaConfig
+    """What is wrong with a kernel, tried on layers of transformers' own; None where nothing is."""
+    from transformers import LlamaConfig, Qwen3Config
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
-    config = LlamaConfig(
-        hidden_size=40, intermediate_size=56, num_attention_heads=4, num_key_value_heads=2, head_dim=width,
-        attention_bias=True, mlp_bias=True,
-    )  # fmt: skip
+    sizes: dict[str, Any] = {
+        "hidden_size": 40, "intermediate_size": 56, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "num_hidden_layers": 1, "head_dim": width, "attention_bias": True,
+    }  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        module = LlamaDecoderLayer(config, 0).float()
-        for parameter in module.parameters():
+        modules = (
+            LlamaDecoderLayer(LlamaConfig(**sizes, mlp_bias=True), 0).float(),
+            Qwen3DecoderLayer(Qwen3Config(**sizes), 0).float(),
+        )
+        for parameter in (p for module in modules for p in module.parameters()):
             nn.init.normal_(parameter, 0.5 * (parameter.dim() == 1), 0.3)
-    layer = _looks(module)
-    assert layer is not None
-    apart = _apart(layer, made)
-    return (
-        None if apart < (_EXACT if made.dtype == torch.float32 else _ROUGH) else f"its results are off by {apart:.2g}"
-    )
+    most = _EXACT if made.dtype == torch.float32 else _ROUGH
+    for layer in map(_looks, modules):
+        assert layer is not None
+        apart = _apart(layer, made)
+        if not apart < most:
+            return f"its results are off by {apart:.2g}"
+    return None
 
 
 def _apart(layer: _Layer, made: Kernel) -> float:
@@ -518,8 +557,9 @@ def _difference(module: nn.Module, made: Kernel) -> float:
         ours = own._computed(made, x[0], cos, sin, Watched(), rule)[None]
     leaves = [x, *module.parameters()]
     found = [[out.detach() - x.detach(), *torch.autograd.grad(out, leaves, upstream)] for out in (theirs, ours)]
-    small = x.detach()[0] * 1e-3  # so small that what is added to mean squares shows
-    for norm in (own.before, own.after):
+    for norm in own.norms:
+        # So small that what is added to mean squares shows
+        small = 1e-3 * torch.randn(count, len(norm.weight), generator=random, dtype=torch.float32)
         scale = (small.square().mean(-1, keepdim=True) + _eps(norm)).rsqrt()
         for line, out in zip(found, (norm(small), small * scale * norm.weight), strict=True):
             line.append(out.detach())
