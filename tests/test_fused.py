@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparring import attention, fused, native
+from sparring import attention, fused, native, products
 from sparring.config import TrainConfig
 from sparring.fused import _BLOCK, kernel
 from sparring.gradient import Setting, gradient
@@ -87,7 +87,7 @@ def apart(some: list[Tensor], others: list[Tensor]) -> float:
 def test_values_and_gradients_are_those_of_the_models_own_layers(
     name: str, small: int, plain: Any, begun: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fused, "_SMALL", small)
+    monkeypatch.setattr(products, "_SMALL", small)
     model = drawn("Llama", ODD) if name == "odd" else drawn(*FAST[name])
     assert len(fused.layers(model)) == model.config.num_hidden_layers
     begun.clear()
@@ -114,7 +114,7 @@ def test_in_bfloat16_they_are_no_farther_from_exact_ones(name: str, plain: Any, 
 @pytest.mark.parametrize("small", [0, 2**20], ids=["weights apart", "weights joined"])
 def test_the_trained_learn_and_the_frozen_do_not(small: int, plain: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of some products a part, of some layers nothing; and of linear layers side by side one without a bias."""
-    monkeypatch.setattr(fused, "_SMALL", small)
+    monkeypatch.setattr(products, "_SMALL", small)
     model = drawn(*FAST["window in some layers"])
     model.model.layers[1].self_attn.k_proj.bias = None
     for name, parameter in model.named_parameters():
@@ -321,7 +321,7 @@ def test_weights_of_today_are_taken_and_nothing_stays_behind() -> None:
 
 def test_weights_are_laid_out_once_for_all_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     counts: list[int] = []
-    build = fused._Product.__init__
+    build = products.Product.__init__
 
     def counted(self: Any, linears: Any, *given: Any, **how: Any) -> None:
         counts.append(len(linears))
@@ -330,7 +330,7 @@ def test_weights_are_laid_out_once_for_all_answers(monkeypatch: pytest.MonkeyPat
     model = drawn(*FAST["grouped heads"])
     how: dict[str, Any] = {"temperature": 1.0, "max_new_tokens": 6, "stop_ids": [], "batch_size": 3}
     hf.sample(model, PROMPTS, range(len(PROMPTS)), **how)
-    monkeypatch.setattr(fused._Product, "__init__", counted)
+    monkeypatch.setattr(products.Product, "__init__", counted)
     hf.sample(model, PROMPTS, range(len(PROMPTS)), compute=torch.bfloat16, **how)
     assert counts == [3, 1, 2, 1] * model.config.num_hidden_layers
     counts.clear()

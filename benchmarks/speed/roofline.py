@@ -42,11 +42,11 @@ from train import BETA, Memory, logps  # noqa: E402
 
 from sparring import compiled, heap, packed  # noqa: E402
 from sparring.config import TrainConfig  # noqa: E402
-from sparring.fused import multiplies_bfloat16  # noqa: E402
 from sparring.gradient import Setting, gradient  # noqa: E402
 from sparring.logps import packs  # noqa: E402
 from sparring.methods import make  # noqa: E402
 from sparring.play import hf, slots  # noqa: E402
+from sparring.products import multiplies_bfloat16  # noqa: E402
 from sparring.train import make_optimizer, train  # noqa: E402
 from sparring.tree import Tree  # noqa: E402
 from sparring.types import Frozen  # noqa: E402

@@ -13,7 +13,7 @@ import contextlib
 import copy
 import ctypes
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
@@ -22,10 +22,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn import functional
 
 from sparring import native
 from sparring.attention import Layout, Rule, States, named
+from sparring.products import Product
 
 log = logging.getLogger("sparring")
 
@@ -33,8 +33,6 @@ _EXACT, _ROUGH = 1e-3, 5e-2
 """Relative errors that a trial allows, of values and gradients in float32 and in bfloat16."""
 _BLOCK = 64
 """Tokens whose gradients of a norm's weights `fused.c` sums at a time."""
-_SMALL = 2**20
-"""Weights in float32 that are copied, so that they are one product."""
 _FITS: WeakKeyDictionary[nn.Module, tuple[list[nn.Module], bool]] = WeakKeyDictionary()
 """Of layers that were tried their parts, and whether they compute what `_Layer` does."""
 
@@ -196,7 +194,7 @@ class _Layer:
         attention: Any = module.self_attn
         self.number: int = attention.layer_idx
         self.scale: float = attention.scaling
-        self._made: tuple[Any, list[_Product]] = (None, [])
+        self._made: tuple[Any, list[Product]] = (None, [])
 
     def __call__(
         self,
@@ -252,77 +250,13 @@ class _Layer:
         out: Tensor = _End.apply(pass_, x, mixed.reshape(len(x), -1), *given)  # type: ignore[no-untyped-call]
         return out
 
-    def _products(self, dtype: torch.dtype, learns: bool) -> list[_Product]:
+    def _products(self, dtype: torch.dtype, learns: bool) -> list[Product]:
         """Those of the weights as they are; one set of copies is kept."""
         known = dtype, learns, [(id(p), p._version) for linear in self.linears for p in linear.parameters()]
         if self._made[0] != known:
             self._made = None, []
-            self._made = known, [_Product(own, dtype, fixed=not learns) for own in self.joined]
+            self._made = known, [Product(own, dtype, fixed=not learns) for own in self.joined]
         return self._made[1]
-
-
-class _Product:
-    """Linear layers that read the same numbers.
-
-    Where weights are cast anyway, or small, they lie one after the other and are one product; where they are not changed
-    (`fixed`) and the CPU multiplies bfloat16, as its products read them.
-    """
-
-    def __init__(self, linears: Sequence[nn.Linear], dtype: torch.dtype, *, fixed: bool) -> None:
-        self.linears = linears
-        self.sizes = [linear.out_features for linear in linears]
-        self.weights = [linear.weight.detach() for linear in linears]
-        self.biases: list[Tensor | None] = [None if x.bias is None else x.bias.detach() for x in linears]
-        self._laid_out: Callable[[Tensor], Tensor] | None = None
-        numbers = sum(weight.numel() for weight in self.weights)
-        if dtype == torch.float32 and (len(linears) == 1 or numbers > _SMALL):
-            return
-        joint = torch.empty(sum(self.sizes), linears[0].in_features, dtype=dtype)
-        for part, weight in zip(joint.split_with_sizes(self.sizes), self.weights, strict=True):
-            part.copy_(weight)
-        bias = None
-        if any(own is not None for own in self.biases):
-            bias = torch.cat(
-                [joint.new_zeros(n) if b is None else b.to(dtype) for n, b in zip(self.sizes, self.biases, strict=True)]
-            )
-        self.weights, self.biases = [joint], [bias]
-        if fixed and dtype == torch.bfloat16 and multiplies_bfloat16():
-            self.weights, self._laid_out = [], laid_out(joint, bias)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """[N, in] to [N, out], side by side."""
-        if self._laid_out is not None:
-            return self._laid_out(x)
-        if len(self.weights) == 1:
-            return functional.linear(x, self.weights[0], self.biases[0])
-        out = x.new_empty(len(x), sum(self.sizes))
-        for part, weight, bias in zip(out.split_with_sizes(self.sizes, 1), self.weights, self.biases, strict=True):
-            if bias is None:
-                torch.mm(x, weight.t(), out=part)
-            else:
-                torch.addmm(bias, x, weight.t(), out=part)
-        return out
-
-    def back(self, grad: Tensor) -> Tensor:
-        """The gradient of what was read, [N, in]."""
-        parts = grad.split_with_sizes([len(weight) for weight in self.weights], 1)
-        out: Tensor = parts[0] @ self.weights[0]
-        for part, weight in zip(parts[1:], self.weights[1:], strict=True):
-            torch.addmm(out, part, weight, out=out)
-        return out
-
-    def gradients(self, made: Kernel, grad: Tensor, x: Tensor) -> list[Tensor | None]:
-        """Those of each layer's weight and bias, in float32; None for what does not learn."""
-        found: list[Tensor | None] = []
-        parts = grad.split_with_sizes([len(weight) for weight in self.weights], 1)
-        learn = any(own.weight.requires_grad for own in self.linears)
-        wholes = [(part.t() @ x).float() for part in parts] if learn else []
-        of_weights = [own for one in wholes for own in one.split_with_sizes(self.sizes)] if len(wholes) == 1 else wholes
-        for i, (linear, part) in enumerate(zip(self.linears, grad.split_with_sizes(self.sizes, 1), strict=True)):
-            found.append(of_weights[i] if linear.weight.requires_grad else None)
-            learns = linear.bias is not None and linear.bias.requires_grad
-            found.append(_summed(made, part) if learns else None)
-        return found
 
 
 class _Begun(NamedTuple):
@@ -342,7 +276,7 @@ class _Pass:
 
     layer: _Layer
     made: Kernel
-    products: list[_Product]
+    products: list[Product]
     cos: Tensor
     """[N, D]"""
     sin: Tensor
@@ -352,13 +286,12 @@ class _Pass:
         layer = self.layer
         _, normed, scale = self._norm(layer.before, x, None)
         raw = self.products[0](normed)
-        turned = raw if not layer.of_heads else raw.new_empty(len(raw), (layer.heads + layer.groups) * layer.width)
-        sizes = len(raw), raw.shape[1], turned.shape[1], layer.heads, layer.groups
+        turns = layer.heads + layer.groups
+        turned = raw.new_empty(len(x), turns * layer.width) if layer.of_heads else raw
+        sizes = len(x), raw.shape[1], turned.shape[1], layer.heads, layer.groups
         _call(self.made.rotate, (raw, self.cos, self.sin, *self._of_heads(), turned), *sizes, self._eps_of_heads())
-        query, key = turned.unflatten(1, (-1, layer.width))[:, : layer.heads + layer.groups].split_with_sizes(
-            [layer.heads, layer.groups], 1
-        )
-        value = raw.unflatten(1, (-1, layer.width))[:, layer.heads + layer.groups :]
+        query, key = turned.view(len(x), -1, layer.width)[:, :turns].split_with_sizes([layer.heads, layer.groups], 1)
+        value = raw.view(len(x), -1, layer.width)[:, turns:]
         return _Begun((query, key, value), scale, raw if layer.of_heads else None)
 
     def begin_back(
@@ -372,8 +305,8 @@ class _Pass:
         tensors = (query, key, value, self.cos, self.sin, raw, *self._of_heads(), grad, sums)
         _call(self.made.rotate_back, tensors, len(x), layer.heads, layer.groups, self._eps_of_heads())
         of_x, _, normed, of_weight = self._norm_back(layer.before, x, scale, product.back(grad), rest, half=False)
-        of_heads = [] if sums is None else sums.sum(0)
-        return [of_x, of_weight, *of_heads, *product.gradients(self.made, grad, normed)]
+        of_heads = [] if sums is None else list(sums.sum(0))
+        return [of_x, of_weight, *of_heads, *product.gradients(grad, normed, self._summed)]
 
     def _of_heads(self) -> Sequence[Tensor | None]:
         """The weights of queries' and of keys' norms."""
@@ -402,10 +335,10 @@ class _Pass:
         of_x, narrow, normed, of_weight = self._norm_back(
             self.layer.after, middle, scale, wide.back(of_both), grad, half=True
         )
-        of_o = o.gradients(self.made, narrow, mixed)
+        of_o = o.gradients(narrow, mixed, self._summed)
         return [
-            of_x, o.back(narrow), of_weight, *of_o, *wide.gradients(self.made, of_both, normed),
-            *down.gradients(self.made, half, opened),
+            of_x, o.back(narrow), of_weight, *of_o, *wide.gradients(of_both, normed, self._summed),
+            *down.gradients(half, opened, self._summed),
         ]  # fmt: skip
 
     def _norm(self, part: Any, x: Tensor, more: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -425,6 +358,12 @@ class _Pass:
         tensors = (x, part.weight, scale, grad, rest.contiguous(), of_x, narrow, out, sums)
         _call(self.made.norm_back, tensors, *x.shape)
         return of_x, of_x if narrow is None else narrow, out, sums.sum(0)
+
+    def _summed(self, x: Tensor) -> Tensor:
+        """[N, C], of which a token's numbers lie one after the other, to sums over tokens in float32."""
+        parts = torch.empty(_blocks(x), x.shape[1], dtype=torch.float32)
+        _call(self.made.sum, (x, parts), *x.shape, x.stride(0))
+        return parts.sum(0)
 
 
 class _Begin(torch.autograd.Function):
@@ -465,30 +404,8 @@ def _blocks(x: Tensor) -> int:
     return -(-len(x) // _BLOCK)
 
 
-def _summed(made: Kernel, x: Tensor) -> Tensor:
-    """[N, C], of which numbers of a token lie one after the other, to sums over tokens in float32."""
-    parts = torch.empty(_blocks(x), x.shape[1], dtype=torch.float32)
-    _call(made.sum, (x, parts), *x.shape, x.stride(0))
-    return parts.sum(0)
-
-
 def _eps(norm: Any) -> float:
     return float(getattr(norm, "variance_epsilon", getattr(norm, "eps", 0.0)))
-
-
-def multiplies_bfloat16() -> bool:
-    """Whether torch was built with the library that has such products, which on a Mac it is not, and the CPU has them."""
-    built: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    return built and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-def laid_out(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-    """A linear layer in bfloat16 whose weights lie as a CPU's products read them.
-
-    Else they are laid out anew for every product of a few rows, which takes as long as the product.
-    """
-    own, product = torch.ops.mkldnn._reorder_linear_weight(weight), torch.ops.mkldnn._linear_pointwise
-    return lambda x: product(x, own, bias, "none", [], "")  # type: ignore[no-any-return]
 
 
 def _problem(made: Kernel, width: int) -> str | None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sparring.fused import laid_out, multiplies_bfloat16
+from sparring.products import laid_out, multiplies_bfloat16
 
 
 @contextlib.contextmanager
