@@ -464,8 +464,17 @@ def test_without_a_compiler_layers_are_the_models_own(
     assert set(caplog.messages) == {line}
 
 
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="flags of these machines")
 @pytest.mark.parametrize("dtype", BOTH)
-@pytest.mark.parametrize("name", ["norm", "norm_back", "rotate", "rotate_back", "gate", "gate_back", "add"])
+def test_machines_that_can_do_less_compute_the_same(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_FLAGS", (*native._FLAGS, "-mno-avx512f", "-mno-avx2", "-mno-fma"))
+    sizes = native.sized(dtype, WIDTH=40)
+    assert sizes is not None
+    assert fused._problem(fused._loaded(dtype, sizes), 40) is None
+
+
+@pytest.mark.parametrize("dtype", BOTH)
+@pytest.mark.parametrize("name", ["norm", "norm_back", "rotate", "rotate_back", "gate", "gate_back", "add", "sum"])
 def test_a_kernel_that_computes_something_else_is_not_taken(dtype: torch.dtype, name: str) -> None:
     own = kernel(dtype, 8)
     assert own is not None and fused._problem(own, 8) is None

@@ -131,8 +131,8 @@ INLINE lanes power(lanes x) {
     p = p * r + 6.9314718e-1f;
     p = p * r + 1.0f;
 #ifdef __AVX512F__
-    __mmask16 some = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
-    return (lanes)_mm512_maskz_scalef_ps(some, (__m512)p, (__m512)n);
+    __mmask16 real = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
+    return (lanes)_mm512_maskz_scalef_ps(real, (__m512)p, (__m512)n);
 #else
     p *= (lanes)((n + 127) << 23);
     return choose(x < -126.0f, (lanes){0}, p);
