@@ -133,11 +133,11 @@ def compare(name: str, shape: str, given: Any) -> dict[str, Any]:
         gradient(learner, groups[: given.batch], held, method, micro_batch=64, setting=Setting(compute))
         learner.zero_grad(set_to_none=True)
 
-    def ours(part: Sequence[Group] = groups, micro: int | None = None) -> float:
+    def ours(part: Sequence[Group], micro: int) -> float:
         gc.collect()
         states, learner = Memory(), copy.deepcopy(start)
         held = {role: rows[: len(part)] for role, rows in frozen.items()}
-        settings = own.settings.model_copy(update={"micro_tokens": micro or min(trials, key=lambda key: trials[key])})
+        settings = own.settings.model_copy(update={"micro_tokens": micro})
         with contextlib.ExitStack() as stack:
             if given.compile == "always":
                 first = {role: rows[: given.batch] for role, rows in held.items()}
@@ -159,7 +159,8 @@ def compare(name: str, shape: str, given: Any) -> dict[str, Any]:
 
     ours(groups[: given.batch], MICRO_TOKENS[0])
     trials = {micro: min(ours(groups[: given.batch], micro) for _ in range(theirs.TRIALS)) for micro in MICRO_TOKENS}
-    seconds = record.interleaved(ours, trl, given.repeats)
+    micro = min(trials, key=lambda key: trials[key])
+    seconds = record.interleaved(lambda: ours(groups, micro), trl, given.repeats)
     peer.close()
     ends = {"sparring": end_loss(learners[0], start, groups), "trl": told["end_loss"]}
     gap = max(abs(a - b) for a, b in zip(logged, told["losses"], strict=True))

@@ -1,10 +1,11 @@
 """Decoder layers of Llama's kind as a few products, one attention and a few passes in C (`fused.c`), for CPUs.
 
-Such a layer is a norm, queries, keys and values, their rotation, attention, a norm, a gate: dozens of small operations in
-torch, and twice as many backward, each a way to memory and back and a cast. Here linear layers that read the same numbers
-are one product where weights are cast anyway, what lies between products is one pass, and backward passes keep only what
-they cannot make again at once. Which layers are of that kind is found by their parts, and by trying: one that computes
-anything else, has hooks or wrapped parts (adapters) or weights of other precisions than float32 is left to itself.
+Such a layer is a norm, queries, keys and values, which may have norms of their own, their rotation, attention, a norm,
+a gate: dozens of small operations in torch, and twice as many backward, each a way to memory and back and a cast. Here
+linear layers that read the same numbers are one product where weights are cast anyway, what lies between products is
+one pass, and backward passes keep only what they cannot make again at once. Which layers are of that kind is found by
+their parts, and by trying: one that computes anything else, has hooks or wrapped parts (adapters) or weights of other
+precisions than float32 is left to itself.
 """
 
 from __future__ import annotations
