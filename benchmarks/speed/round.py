@@ -75,10 +75,11 @@ def usual(given: Any) -> None:
     folder, groups, lengths = Path(told["folder"]), played(Path(told["folder"])), told["lengths"]
     start = load(folder / "model", torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-    choice = theirs.choose(start, tokenizer, groups, settings(given), bf16=True, beta=BETA)
+    choice = theirs.choose(start, tokenizer, groups, settings(given), bf16=True, beta=BETA, known=given.trl)
     prompts = [g.prompt for g in groups]
     player = load(folder / "model", torch.bfloat16)
-    size, sizes = theirs.fastest_batch(lambda size: theirs.generate(player, prompts, lengths, size), SIZES)
+    widths = sorted({min(size, len(prompts)) for size in SIZES})
+    size, sizes = theirs.fastest_batch(lambda size: theirs.generate(player, prompts, lengths, size), widths)
 
     def work() -> dict[str, Any]:
         gc.collect()

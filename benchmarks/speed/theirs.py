@@ -41,7 +41,7 @@ class Choice:
     micro: int
     """per_device_train_batch_size; the rest of a batch is accumulated."""
     trials: dict[str, float]
-    """Seconds of one optimizer step by setting."""
+    """Seconds of one optimizer step by setting; none where they were known."""
 
     def row(self) -> dict[str, Any]:
         return asdict(self)
@@ -102,9 +102,16 @@ def losses(made: DPOTrainer) -> list[float]:
 
 
 def choose(
-    model: Any, tokenizer: PreTrainedTokenizerFast, groups: Sequence[Group], settings: Any, *, bf16: bool, beta: float
-) -> Choice:
-    """The fastest attention and batch size for one optimizer step; each is tried twice, after a step for warming up."""
+    model: Any, tokenizer: PreTrainedTokenizerFast, groups: Sequence[Group], settings: Any, *, bf16: bool, beta: float,
+    known: str | None = None,
+) -> Choice:  # fmt: skip
+    """The fastest attention and batch size for one optimizer step; each is tried twice, after a step for warming up.
+
+    `known`, as `sdpa,1`, is what an earlier trial of the same shape found.
+    """
+    if known:
+        attention, _, micro = known.partition(",")
+        return Choice(attention, int(micro), {})
     first = groups[: settings.batch_size]
     once = settings.model_copy(update={"epochs": 1})
 
@@ -118,8 +125,8 @@ def choose(
 
     seconds(ATTENTION[0], MICRO[-1])
     trials = {key: min(seconds(*key) for _ in range(TRIALS)) for key in product(ATTENTION, MICRO)}
-    attention, micro = min(trials, key=lambda key: trials[key])
-    return Choice(attention, micro, {f"{a}, {m}": round(value, 3) for (a, m), value in trials.items()})
+    best = min(trials, key=lambda key: trials[key])
+    return Choice(*best, {f"{a}, {m}": round(value, 3) for (a, m), value in trials.items()})
 
 
 class Lengths(StoppingCriteria):

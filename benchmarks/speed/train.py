@@ -6,10 +6,11 @@
 
 TRL runs in its best settings: bf16 autocast over float32 weights (as sparring), no checkpointing, reference log-probs
 precomputed before the clock starts (so are sparring's frozen ones), the fastest of sdpa and eager attention and of
-per-device batch sizes 1, 2 and 4 in a trial of one optimizer step. Its collator right-pads. It has a process of its own. sparring runs with
-the faster of `train.micro_tokens` 4096, the default, and 8192 in such a trial, else in its defaults for trainings of five minutes or
-more, with compiled layers, for which compiling (`compiling`: at first, and later from the cache) is done before the clock
-starts; `--compile never` is what it does in shorter ones. Both: RMSprop (α 0.99, ε 1e-8), constant rate, gradient norm cut at 1, β 0.1, logistic loss.
+per-device batch sizes 1, 2 and 4 in a trial of one optimizer step (`--trl` names what an earlier one found). Its
+collator right-pads. It has a process of its own. sparring runs with the faster of `train.micro_tokens` 4096, the default,
+and 8192 in such a trial, else in its defaults for trainings of five minutes or more, with compiled layers, for which
+compiling (`compiling`: at first, and later from the cache) is done before the clock starts; `--compile never` is what it
+does in shorter ones. Both: RMSprop (α 0.99, ε 1e-8), constant rate, gradient norm cut at 1, β 0.1, logistic loss.
 
 The check: `step_loss_gap` is the largest difference of the losses that both logged at the same step; `end_loss` is that
 of the trained weights on all pairs, in float32 by one function for both. They must agree within `tolerance`, which
@@ -25,6 +26,7 @@ import gc
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import record
@@ -105,7 +107,7 @@ def usual(given: Any) -> None:
     name, shape = record.task()
     own = world(name, shape, given)
     words, bf16 = shapes.tokenizer(own.start.config.vocab_size), given.dtype == "bfloat16"
-    choice = theirs.choose(own.start, words, own.groups, own.settings, bf16=bf16, beta=BETA)
+    choice = theirs.choose(own.start, words, own.groups, own.settings, bf16=bf16, beta=BETA, known=given.trl)
 
     def work() -> dict[str, Any]:
         gc.collect()
@@ -200,6 +202,8 @@ def parsed(options: argparse.ArgumentParser) -> argparse.Namespace:
     options.add_argument("--epochs", type=int, default=2)
     options.add_argument("--lr", type=float, default=1e-5)
     options.add_argument("--repeats", type=int, default=5)
+    known = [f"{attention},{micro}" for attention, micro in product(theirs.ATTENTION, theirs.MICRO)]
+    options.add_argument("--trl", choices=known, help="TRL's settings, found by an earlier trial of the same shape")
     given = options.parse_args()
     if given.pairs % given.batch:
         options.error("--pairs must be a multiple of --batch: TRL's batches would not be sparring's")
