@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
+import shutil
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
 from sparring import chosen as module
@@ -32,19 +35,52 @@ def by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "kernel", lambda dtype: None)
 
 
-@pytest.mark.parametrize("in_c", [True, False])
+@pytest.mark.parametrize("how", ["c", "torch", "parts"])
 @pytest.mark.parametrize("shape", SIZES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("spread", [0.01, 3.0, 30.0])
 def test_it_is_the_log_prob_and_its_gradient(
-    in_c: bool, shape: tuple[int, int], dtype: torch.dtype, spread: float, monkeypatch: pytest.MonkeyPatch
+    how: str, shape: tuple[int, int], dtype: torch.dtype, spread: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Log-probs to 2e-6 of their size in both precisions; gradients to 1e-6 of theirs, or half a step of bfloat16."""
-    if in_c:
+    """Log-probs to 2e-6 of their size in both precisions; gradients to 1e-6 of theirs, or half a step of bfloat16.
+
+    `parts` is what torch compiles, as it is.
+    """
+    if how == "c":
         assert module.kernel(dtype) is not None
     else:
         by_torch(monkeypatch)
-    logits, tokens, upstream = drawn(*shape, dtype, spread)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    with module.compiled() if how == "parts" else contextlib.nullcontext():
+        check(*drawn(*shape, dtype, spread))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_it_is_the_same(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    by_torch(monkeypatch)
+    torch.compiler.reset()
+    counters.clear()
+    with module.compiled():
+        for shape in SIZES:
+            check(*drawn(*shape, dtype))
+    assert 0 < counters["stats"]["unique_graphs"] < len(SIZES)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("how", ["torch", "compiled"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_gpu_it_is_the_same(how: str, dtype: torch.dtype) -> None:
+    with module.compiled() if how == "compiled" else contextlib.nullcontext():
+        for shape in (*SIZES, (300, 151_936)):
+            logits, tokens, upstream = (x.cuda() for x in drawn(*shape, dtype))
+            check(logits.detach().requires_grad_(), tokens, upstream)
+
+
+def check(logits: Tensor, tokens: Tensor, upstream: Tensor) -> None:
+    dtype = logits.dtype
     out = chosen(logits, tokens)
     (grad,) = torch.autograd.grad(out, logits, upstream)
     wide = logits.detach().double().requires_grad_()
@@ -96,6 +132,16 @@ def test_first_used_within_a_checkpoint_it_is_not_counted() -> None:
     module.kernel.cache_clear()
     (found,) = torch.autograd.grad(checkpoint(chosen, logits, tokens, use_reentrant=False), logits, upstream)
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("in_c", [True, False])
+def test_second_derivatives_are_an_error_instead_of_wrong(in_c: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not in_c:
+        by_torch(monkeypatch)
+    logits, tokens, _ = drawn(3, 7, torch.float32)
+    (grad,) = torch.autograd.grad(chosen(logits, tokens).square().sum(), logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.square().sum().backward()
 
 
 @pytest.mark.parametrize("token", [-1, 7])

@@ -86,8 +86,16 @@ def test_long_trainings_are_compiled_where_a_pass_takes_a_twentieth_less(
     monkeypatch: pytest.MonkeyPatch, plain: list[float], fast: list[float], passes: float, found: dict[str, Any]
 ) -> None:
     clock = Clock(monkeypatch, plain, fast)
-    assert compiled.settled(torch.nn.Linear(1, 1), lambda: None, passes) == found
+    assert compiled.settled(torch.nn.Linear(1, 1), lambda: None, passes, 10**12) == found
     assert not clock.on
+
+
+def test_trainings_that_are_short_on_any_machine_are_not_even_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """2 weights, 6 operations each: 300 s at 2e10 a second are 5e11 tokens."""
+    Clock(monkeypatch, [0.0], [])
+    given = torch.nn.Linear(1, 1), lambda: None
+    assert compiled.settled(*given, 500, 10**9 - 1) == {"pays": False}
+    assert compiled.settled(*given, 500, 10**9) == {"pays": False, "plain": 0.0}
 
 
 def broken(*_: Any, **__: Any) -> Callable[..., Any]:
@@ -179,8 +187,12 @@ def test_several_passes_make_a_trial_of_the_first_pass_only(
     """12 groups, 4 a batch, 2 a pass: an epoch is 6 passes like the one that is timed."""
     asked: list[float] = []
 
-    def settled(model: Any, once: Any, passes: float) -> dict[str, Any]:
-        once()
+    def settled(model: Any, once: Any, passes: float, tokens: int) -> dict[str, Any]:
+        rows: list[int] = []
+        with model.get_input_embeddings().register_forward_pre_hook(lambda _, given: rows.append(given[0].numel())):
+            once()
+        # The row has no token for the last of each of two or four answers, and is filled up by a sixteenth at most
+        assert 0 <= rows[-1] + 4 - tokens <= tokens / 16 + 2
         asked.append(passes)
         assert all(p.grad is None for p in model.parameters()) and not model.training
         return {"pays": False}

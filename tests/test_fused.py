@@ -304,6 +304,17 @@ def test_second_derivatives_are_an_error_instead_of_wrong() -> None:
         grad.square().sum().backward()
 
 
+@pytest.mark.parametrize("name", ["input_layernorm.weight", "self_attn.v_proj.weight", "mlp.down_proj.weight"])
+def test_weights_that_change_before_the_backward_pass_are_an_error(name: str) -> None:
+    """As with torch's own layers, whose gradient would be of other weights than what was computed."""
+    model = drawn(*FAST["grouped heads"])
+    logps = packed_token_logps(model, PROMPTS, COMPLETIONS)
+    with torch.no_grad():
+        model.model.layers[1].get_parameter(name).mul_(1.5)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        logps.sum().backward()
+
+
 def test_weights_of_today_are_taken_and_nothing_stays_behind() -> None:
     model = drawn(*FAST["grouped heads"])
     with attention.packed(model):
@@ -383,6 +394,15 @@ def test_the_first_trial_may_be_within_inference_mode() -> None:
     model = made(*FAST["grouped heads"])
     with torch.inference_mode():
         assert len(fused.layers(model)) == 3
+
+
+def test_norms_of_heads_that_choose_what_they_add_are_left_to_themselves() -> None:
+    """torch's own norm takes what its numbers' precision asks for where it is given nothing."""
+    model = made(*FAST["norms of heads"])
+    assert len(fused.layers(model)) == len(model.model.layers)
+    own = model.model.layers[0].self_attn
+    own.q_norm, own.k_norm = nn.RMSNorm(own.head_dim), nn.RMSNorm(own.head_dim)
+    assert [layer.number for layer in fused.layers(model)] == list(range(1, len(model.model.layers)))
 
 
 def test_norms_are_tried_with_numbers_so_small_that_what_is_added_shows() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from sparring import batching, packed, spans, tree
 from sparring.config import ModelConfig
 from sparring.gradient import Setting, gradient
-from sparring.logps import packed_token_logps, packs, plain_token_logps, score, token_logps, use_plain
+from sparring.logps import packed_token_logps, packs, packs_now, plain_token_logps, score, token_logps, use_plain
 from sparring.methods import spin
 from sparring.players import load_model
 from sparring.types import Batch, Frozen, Group, LogProbs
@@ -305,6 +305,17 @@ def test_dropout_is_not_left_out_in_silence() -> None:
     model = made("GPT2", LEARNED | {"attn_pdrop": 0.5}).train()
     with pytest.raises(TypeError, match="dropout"):
         packed_token_logps(model, PROMPTS, COMPLETIONS)
+
+
+def test_a_model_that_drops_numbers_takes_the_plain_path_while_it_does() -> None:
+    model = made("GPT2", LEARNED | {"attn_pdrop": 0.5})
+    assert packs(model) and packs_now(model)
+    model.train()
+    assert packs(model) and not packs_now(model)
+    rows = score(model, PROMPTS, COMPLETIONS, batch_size=64)
+    assert [len(row) for row in rows] == [len(own) for own in COMPLETIONS]
+    assert rows != score(model, PROMPTS, COMPLETIONS, batch_size=64)
+    assert packs_now(model.eval())
 
 
 def test_frozen_scores_of_a_checkpointed_learner_take_the_fast_path() -> None:

@@ -382,6 +382,19 @@ def test_slots_and_padded_batches_give_the_same_answers(name: str, in_c: bool, m
     assert bool(steps) == (in_c and name != "gemma2")  # whose scores are capped
 
 
+def test_copies_of_prompts_as_many_tokens_as_fill_the_row_go_to_their_own_slots(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """33 tokens are filled up by one, and the copy of `[5]` has one as well."""
+    model, prompts = tiny("llama"), [[3 + i % 10 for i in range(32)], [5], [5]]
+    assert filler(33) == 1
+    wanted = in_padded_batches(monkeypatch, model, prompts, **LONG)
+    got = answers(model, prompts, **LONG)
+    assert [a.tokens for a in got] == [a.tokens for a in wanted]
+    for a, b in zip(got, wanted, strict=True):
+        assert a.logps == pytest.approx(b.logps, abs=1e-5)
+
+
 def test_a_mixture_is_decoded_in_slots_too(monkeypatch: pytest.MonkeyPatch) -> None:
     model, other = tiny("qwen2"), tiny("llama")
     change: dict[str, Any] = {"batch_size": 7, "mixture": Mixture(other, 0.4), **LONG}

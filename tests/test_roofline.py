@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -81,3 +84,17 @@ def test_the_profile_knows_our_own_operations_by_their_names() -> None:
         assert f'"{made.__name__}Backward"' in own
     names = file.read_text(encoding="utf-8").split("LAYERS = (")[1].split(")")[0]
     assert all(f'"{made.__name__}"' in names for made in (fused._Begin, fused._End))
+
+
+@pytest.mark.gpu
+def test_training_on_a_gpu_is_timed_against_trls(tmp_path: Path) -> None:
+    """Both in processes of their own, on a model that is far too small to keep the GPU busy."""
+    pytest.importorskip("trl")
+    file = Path(__file__).parents[1] / "benchmarks/speed/train.py"
+    given = "--device cuda --models 8M --shapes ragged --pairs 4 --batch 4 --epochs 1 --repeats 1 --compile never"
+    out = tmp_path / "train.jsonl"
+    subprocess.run([sys.executable, file, *given.split(), "--trl", "sdpa,1", "--out", out], check=True)
+    row = json.loads(out.read_text(encoding="utf-8"))
+    assert row["same"] and row["on_gpu"]["gpu"] == torch.cuda.get_device_name()
+    for side in ("sparring", "trl"):
+        assert row["on_gpu"][side]["peak_gb"] > 0 and row["on_gpu"][side]["tokens_per_second"] > 0

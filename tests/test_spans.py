@@ -5,8 +5,11 @@ from __future__ import annotations
 import ctypes
 import logging
 import math
+import os
 import platform
 import random
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +18,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from sparring import chosen, native, spans
+from sparring import chosen, fused, native, spans
 from sparring.attention import Rule
+from sparring.play import decode
 from sparring.spans import Kernel, Rows, Seen
 
 SIZES = [(8, 1, 6), (2, 2, 64), (1, 3, 80), (1, 5, 8), (3, 2, 1)]
@@ -237,8 +241,61 @@ def test_what_cannot_be_had_is_told(monkeypatch: pytest.MonkeyPatch, caplog: pyt
     with monkeypatch.context() as patch:
         patch.setattr(native, "_FLAGS", (*native._FLAGS, "--no-such-flag"))
         assert "no-such-flag" in said()
-    monkeypatch.setenv("CC", "no_such_compiler")
+    monkeypatch.setenv("CC", "no_such_compiler -m64")
     assert said().endswith("there is no C compiler `no_such_compiler`")
+
+
+def test_a_compiler_may_have_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", f"{shutil.which('gcc') or 'cc'} -DTHEIRS")
+    assert spans.kernel.__wrapped__(torch.float32, 1, 2, 8) is not None
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_where_the_cache_takes_nothing_a_kernel_is_made_elsewhere(
+    full: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that is full lets the folder be made, and the compiler fails; a file in its place lets nothing be made."""
+    cache, compile_ = tmp_path / "cache", native._compile
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    if not full:
+        cache.write_text("")
+
+    def failing(command: Any, source: bytes, file: Path) -> None:
+        if cache in file.parents:
+            raise subprocess.SubprocessError("no space left on device")
+        compile_(command, source, file)
+
+    monkeypatch.setattr(native, "_compile", failing)
+    assert spans.kernel.__wrapped__(torch.float32, 1, 2, 8) is not None
+
+
+def test_a_user_without_a_home_has_a_cache_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(os, "getuid", lambda: 2**31 - 2)
+    assert native._cache().name == "sparring"
+
+
+def test_many_heads_that_share_one_are_no_reason_to_doubt_a_kernel() -> None:
+    """Gradients of values are sums over all of them, which bfloat16 rounds to 2**-8 of their size."""
+    assert kernel(torch.bfloat16, 1, 71, 64) is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernels_may_be_first_needed_within_inference_mode(dtype: torch.dtype) -> None:
+    with torch.inference_mode():
+        assert spans.kernel.__wrapped__(dtype, 1, 2, 8) is not None
+        assert chosen.kernel.__wrapped__(dtype) is not None
+        assert fused.kernel.__wrapped__(dtype, 8) is not None
+        assert decode.kernel.__wrapped__(dtype, 1, 2, 8) is not None
+
+
+def test_second_derivatives_are_an_error_instead_of_wrong() -> None:
+    own = states([[4, 3]], 1, 2, 8, torch.float32)
+    out = spans.attend(kernel(torch.float32, 1, 2, 8), *own, table([[4, 3]])[1], 1.0)
+    (grad,) = torch.autograd.grad(out.square().sum(), own[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="flags of these machines")

@@ -1,4 +1,4 @@
-"""Two Qwen2 shapes with random weights, a tokenizer whose ids are exact, and three shapes of data.
+"""Two Qwen2 shapes with random weights, a third for GPUs, a tokenizer whose ids are exact, and three shapes of data.
 
     python benchmarks/speed/shapes.py 8M /tmp/8M        # write model and tokenizer as a Hugging Face folder
 
@@ -41,6 +41,16 @@ MODELS: dict[str, dict[str, int]] = {
         "num_attention_heads": 8,
         "num_key_value_heads": 4,
         "vocab_size": 43520,
+    },
+}
+ON_GPUS: dict[str, dict[str, int]] = {
+    "1B": {
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 22,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "vocab_size": 32000,
     },
 }
 PAD, END, WORDS = 0, 1, 2
@@ -133,7 +143,7 @@ def model(name: str, kind: str = "qwen2", **changes: Any) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    settings: dict[str, Any] = MODELS[name] | changes
+    settings: dict[str, Any] = (MODELS | ON_GPUS)[name] | changes
     config = AutoConfig.for_model(
         kind,
         **settings,

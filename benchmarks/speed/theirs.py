@@ -75,7 +75,7 @@ def trainer(
         max_length=None,
         pad_to_multiple_of=None,
         train_sampling_strategy="sequential",
-        use_cpu=True,
+        use_cpu=model.device.type == "cpu",
         dataloader_pin_memory=False,
         report_to="none",
         save_strategy="no",

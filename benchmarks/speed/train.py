@@ -3,6 +3,7 @@
     python benchmarks/speed/train.py --out benchmarks/speed/results/train.jsonl          # both models, three shapes
     python benchmarks/speed/train.py --models 8M --shapes ragged --pairs 64 --repeats 5
     python benchmarks/speed/train.py --models 8M --dtype float32 --repeats 1             # the tight check of losses
+    python benchmarks/speed/train.py --device cuda --models 1B --epochs 1                # both on one GPU
 
 TRL runs in its best settings: bf16 autocast over float32 weights (as sparring), no checkpointing, reference log-probs
 precomputed before the clock starts (so are sparring's frozen ones), the fastest of sdpa and eager attention and of
@@ -15,6 +16,9 @@ does in shorter ones. Both: RMSprop (α 0.99, ε 1e-8), constant rate, gradient 
 The check: `step_loss_gap` is the largest difference of the losses that both logged at the same step; `end_loss` is that
 of the trained weights on all pairs, in float32 by one function for both. They must agree within `tolerance`, which
 is for bfloat16 what rounding of forward passes gives and for float32 what another order of summation gives.
+
+On a GPU the row has for both sides tokens a second, the most gigabytes that tensors took in a training, the start's
+weights among them, and `mfu`: operations that the pairs need (`floor.py`) a second, as a share of the data sheet's peak.
 """
 
 from __future__ import annotations
@@ -23,8 +27,9 @@ import argparse
 import contextlib
 import copy
 import gc
+import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -33,12 +38,14 @@ import record
 
 record.quiet()
 
+import floor  # noqa: E402
 import shapes  # noqa: E402
 import theirs  # noqa: E402
 import torch  # noqa: E402
 
 from sparring import compiled, heap  # noqa: E402
 from sparring.config import TrainConfig  # noqa: E402
+from sparring.cost.hardware import DEVICES  # noqa: E402
 from sparring.gradient import Setting, gradient  # noqa: E402
 from sparring.logps import score  # noqa: E402
 from sparring.methods import make  # noqa: E402
@@ -96,10 +103,43 @@ class World:
 
 
 def world(name: str, shape: str, given: Any) -> World:
-    start = shapes.model(name)
+    start = shapes.model(name).to(given.device)
     groups = [shapes.group(pair) for pair in shapes.pairs(shape, given.pairs, start.config.vocab_size)]
     settings = TrainConfig(lr=given.lr, schedule="constant", warmup=0, epochs=given.epochs, batch_size=given.batch)
     return World(start, groups, settings, getattr(torch, given.dtype))
+
+
+def timed(work: Callable[[], object]) -> tuple[float, float]:
+    """Seconds of a training, and the most gigabytes that tensors on a GPU took."""
+    cuda = torch.cuda.is_available()
+
+    def whole() -> None:
+        work()
+        if cuda:
+            torch.cuda.synchronize()
+
+    if cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    seconds, _ = record.clock(whole)
+    return seconds, torch.cuda.max_memory_allocated() / 1e9 if cuda else 0.0
+
+
+def reached(own: World, sides: Mapping[str, tuple[float, float]]) -> dict[str, Any]:
+    """What each side's seconds and gigabytes come to on this GPU."""
+    size, epochs = own.compute.itemsize, own.settings.epochs
+    pairs = [(len(g.prompt), [len(c) for c in g.completions]) for g in own.groups]
+    operations = floor.completed(floor.sizes(own.start, size), pairs, learns=True).operations * epochs
+    tokens = epochs * sum(prompt + sum(both) for prompt, both in pairs)
+    name = torch.cuda.get_device_name()
+    known = [d for d in DEVICES.values() if re.search(rf"\b{d.name.split('-')[0].replace('RTX', 'RTX ')}\b", name)]
+    peak = (known[0].bf16 if size == 2 else known[0].fp32) if known else None
+
+    def told(seconds: float, gigabytes: float) -> dict[str, float | None]:
+        share = None if peak is None else round(operations / seconds / peak, 3)
+        return {"tokens_per_second": round(tokens / seconds), "peak_gb": round(gigabytes, 2), "mfu": share}
+
+    return {"gpu": name} | {side: told(*figures) for side, figures in sides.items()}
 
 
 def usual(given: Any) -> None:
@@ -114,9 +154,15 @@ def usual(given: Any) -> None:
         learner = copy.deepcopy(own.start)
         learner.set_attn_implementation(choice.attention)
         made = theirs.trainer(learner, words, own.groups, own.settings, micro=choice.micro, bf16=bf16, beta=BETA)
-        seconds, _ = record.clock(made.train)
+        seconds, gigabytes = timed(made.train)
         end = end_loss(learner, own.start, own.groups)
-        return {"seconds": seconds, "losses": theirs.losses(made), "end_loss": end, "choice": choice.row()}
+        return {
+            "seconds": seconds,
+            "gigabytes": gigabytes,
+            "losses": theirs.losses(made),
+            "end_loss": end,
+            "choice": choice.row(),
+        }
 
     record.serve(work)
 
@@ -129,6 +175,7 @@ def compare(name: str, shape: str, given: Any) -> dict[str, Any]:
     method = make("spin", {"beta": BETA})
     learners: list[Any] = []
     logged: list[float] = []
+    held_most: list[float] = []
     compiling: list[float] = []
 
     def once(learner: Any, held: Mapping[str, Sequence[Frozen]]) -> None:
@@ -144,13 +191,14 @@ def compare(name: str, shape: str, given: Any) -> dict[str, Any]:
             if given.compile == "always":
                 first = {role: rows[: given.batch] for role, rows in held.items()}
                 compiling.append(record.clock(lambda: compiled.begin(stack, learner, lambda: once(learner, first)))[0])
-            seconds, _ = record.clock(
+            seconds, gigabytes = timed(
                 lambda: train(learner, part, held, method, settings, states, seed=0, setting=Setting(compute))
             )
-        learners[:], logged[:] = [learner], states.losses
+        learners[:], logged[:], held_most[:] = [learner], states.losses, [gigabytes]
         return seconds
 
-    heap.keep()
+    if given.device == "cpu":
+        heap.keep()
     peer = record.Peer([sys.executable, *sys.argv, "--child", "usual"])
     told = peer.ask([name, shape])
 
@@ -167,6 +215,8 @@ def compare(name: str, shape: str, given: Any) -> dict[str, Any]:
     ends = {"sparring": end_loss(learners[0], start, groups), "trl": told["end_loss"]}
     gap = max(abs(a - b) for a, b in zip(logged, told["losses"], strict=True))
     far = max(gap, abs(ends["sparring"] - ends["trl"]))
+    medians = [record.spread(side)["median"] for side in seconds]
+    sides = {"sparring": (medians[0], held_most[0]), "trl": (medians[1], told["gigabytes"])}
     return {
         "benchmark": "train",
         "model": name,
@@ -190,12 +240,12 @@ def compare(name: str, shape: str, given: Any) -> dict[str, Any]:
         "end_loss": ends,
         "tolerance": TOLERANCE[given.dtype],
         "same": far <= TOLERANCE[given.dtype],
-    }
+    } | ({"on_gpu": reached(own, sides)} if given.device == "cuda" else {})
 
 
 def parsed(options: argparse.ArgumentParser) -> argparse.Namespace:
     """The options of a benchmark that trains."""
-    options.add_argument("--models", nargs="+", default=list(shapes.MODELS), choices=list(shapes.MODELS))
+    options.add_argument("--models", nargs="+", default=list(shapes.MODELS), choices=[*shapes.MODELS, *shapes.ON_GPUS])
     options.add_argument("--shapes", nargs="+", default=list(shapes.SHAPES), choices=list(shapes.SHAPES))
     options.add_argument("--pairs", type=int, default=64, help="a multiple of --batch")
     options.add_argument("--batch", type=int, default=16)
@@ -214,6 +264,7 @@ def main() -> None:
     options = record.parser(__doc__)
     options.add_argument("--dtype", default="bfloat16", choices=list(TOLERANCE))
     options.add_argument("--compile", default="always", choices=["always", "never"])
+    options.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     given = parsed(options)
     if given.child:
         usual(given)

@@ -91,6 +91,13 @@ def is_packed(model: nn.Module) -> bool:
     return getattr(getattr(model, "config", None), "_attn_implementation_internal", None) == NAME
 
 
+def drops(module: nn.Module) -> bool:
+    """Whether a module, in training mode, drops numbers at random anywhere."""
+    values = [value for part in module.modules() for name, value in vars(part).items() if "drop" in name]
+    rates = [part.p for part in module.modules() if isinstance(part, nn.Dropout)]
+    return any(isinstance(value, float) and value > 0 for value in (*values, *rates))
+
+
 def _register() -> None:
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface

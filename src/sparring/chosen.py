@@ -1,29 +1,57 @@
 """The log-prob of each row's token among its logits, without anything else as wide as those.
 
-On CPUs it is in C (`chosen.c`), which reads them in their own precision; elsewhere float32 copies are made, block by block.
+On CPUs it is in C (`chosen.c`), which reads them in their own precision; elsewhere float32 copies are made, block by block,
+or, while a model's layers are compiled (`compiled.py`), torch makes kernels of it that need no copies.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from sparring import native
 from sparring.native import library
 
-_BLOCK = 2**17
+_BLOCK, _LARGE = 2**17, 2**25
+"""Numbers of which float32 copies are made at a time: as stay in a CPU's cache, and as keep a GPU busy."""
+_COMPILED: list[Callable[[Tensor, Tensor], Tensor]] = []
+"""What takes the place of float32 copies within `compiled`."""
 
 
 def chosen(logits: Tensor, tokens: Tensor) -> Tensor:
     """log softmax(logits)[token] [M], in nats, of [M, V] and [M]: in float32 or wider; gradients flow."""
     made = kernel(logits.dtype) if logits.device.type == "cpu" else None
+    if made is None and _COMPILED and len(tokens):
+        return _COMPILED[-1](logits, tokens)
     if made is None:
         return _InTorch.apply(logits, tokens)  # type: ignore[no-any-return, no-untyped-call]
     return _InC.apply(made, logits, tokens)  # type: ignore[no-any-return, no-untyped-call]
+
+
+@contextlib.contextmanager
+def compiled() -> Iterator[None]:
+    """Within it torch compiles `chosen` where it is not in C, for any number of rows: one pass over logits for each direction."""
+    _COMPILED.append(torch.compile(_whole, dynamic=True))
+    try:
+        yield
+    finally:
+        _COMPILED.pop()
+
+
+def _whole(logits: Tensor, tokens: Tensor) -> Tensor:
+    """`chosen`, of parts that a compiler joins; as it is, it would make several tables as wide as logits."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    wide = wide - wide.detach().amax(-1, keepdim=True)
+    own = tokens[:, None] == torch.arange(logits.shape[1], device=logits.device)
+    # Sums of a mask instead of an index: the gradient of that is scattered, which is joined with nothing
+    return torch.where(own, wide, 0.0).sum(-1) - wide.exp().sum(-1).log()
 
 
 class Kernel(NamedTuple):
@@ -84,6 +112,7 @@ class _InC(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         logits, tokens, tops, sums = ctx.saved_tensors
         grad, out = grads[0].contiguous(), torch.empty_like(logits)
@@ -103,6 +132,7 @@ class _InTorch(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         logits, tokens = ctx.saved_tensors
         grad = grads[0][:, None]
@@ -115,5 +145,5 @@ class _InTorch(torch.autograd.Function):
 
 
 def _rows(logits: Tensor) -> int:
-    """Rows of logits whose float32 copy stays in the cache."""
-    return max(1, _BLOCK // logits.shape[-1])
+    """Rows of logits that are copied at a time."""
+    return max(1, (_BLOCK if logits.device.type == "cpu" else _LARGE) // logits.shape[-1])

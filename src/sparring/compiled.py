@@ -1,4 +1,4 @@
-"""Decoder layers through torch.compile, where timing shows that it pays.
+"""Decoder layers through torch.compile, and on a GPU log-probs, where timing shows that it pays.
 
 What compiling saves is the way to memory and back between small operations: norms, rotations, gates, casts. Attention
 stays as it is (`attention.py`), and so do the products. A compiled layer rounds elsewhere than a plain one, so a round
@@ -27,6 +27,8 @@ FILE = "compile.json"
 """What was found for each round, in a run's folder: training that goes on computes as it began."""
 LEAST = 300.0
 """Seconds that training must be about to take before compiling, which itself takes half a minute to two, is tried."""
+SLOW = 2e10
+"""Operations a second that every machine makes: not even one pass is timed for a training that is short by these."""
 WORTH = 0.05
 """Share of a pass's time that it must save."""
 _CACHE = "TORCHINDUCTOR_CACHE_DIR"
@@ -44,6 +46,8 @@ def compiled(model: nn.Module) -> Iterator[None]:
     """Within it the model's layers run compiled, for rows of any length; what is computed first is waited for."""
     import torch
 
+    from sparring import chosen
+
     # What was compiled before, for other rows or another round's learner, would decide what is computed here
     torch.compiler.reset()
     own = layers(model)
@@ -51,7 +55,8 @@ def compiled(model: nn.Module) -> Iterator[None]:
     for layer in own:
         layer.__dict__["forward"] = torch.compile(layer.forward, dynamic=True)
     try:
-        yield
+        with chosen.compiled():
+            yield
     finally:
         for layer, forward in zip(own, before, strict=True):
             del layer.__dict__["forward"]
@@ -59,11 +64,15 @@ def compiled(model: nn.Module) -> Iterator[None]:
                 layer.__dict__["forward"] = forward
 
 
-def settled(model: nn.Module, once: Callable[[], object], passes: float) -> dict[str, Any]:
-    """Whether compiling pays (`pays`) for so many passes like `once`, and the seconds of a pass that say so.
+def settled(model: nn.Module, once: Callable[[], object], passes: float, tokens: int) -> dict[str, Any]:
+    """Whether compiling pays (`pays`) for so many passes like `once`, of so many tokens, and the seconds that say so.
 
-    A short training is told by one pass, which it does not wait to be a warm one.
+    A short training is told by its tokens, of which each takes six operations a weight, else by one pass, which it does
+    not wait to be a warm one.
     """
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    if 6 * weights * tokens * passes < SLOW * LEAST:
+        return {"pays": False}
     found: dict[str, Any] = {"pays": False, "plain": _seconds(once)}
     if found["plain"] * passes < LEAST or not layers(model):
         return found

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from sparring import native
-from sparring.attention import Layout, Rule, States, named
+from sparring.attention import Layout, Rule, States, drops, named
 from sparring.products import Product
 
 log = logging.getLogger("sparring")
@@ -170,13 +170,6 @@ def _own(module: nn.Module, layer: _Layer) -> bool:
     )
 
 
-def _drops(module: nn.Module) -> bool:
-    """Whether a layer, in training mode, drops numbers at random anywhere."""
-    values = [value for part in module.modules() for name, value in vars(part).items() if "drop" in name]
-    rates = [part.p for part in module.modules() if isinstance(part, nn.Dropout)]
-    return any(isinstance(value, float) and value > 0 for value in (*values, *rates))
-
-
 class _Layer:
     """A layer's parts, and its forward pass within `attention.packed`."""
 
@@ -214,7 +207,7 @@ class _Layer:
             made is None
             or layout is None
             or position_embeddings is None
-            or (self.module.training and _drops(self.module))
+            or (self.module.training and drops(self.module))
             or hidden_states.dtype != torch.float32
             or len(hidden_states) != 1
             or any(x.dtype != torch.float32 or x.shape != angles for x in position_embeddings)
@@ -369,9 +362,10 @@ class _Pass:
 
 class _Begin(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, own: _Pass, x: Tensor, *_: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, own: _Pass, x: Tensor, *given: Tensor | None) -> tuple[Tensor, ...]:
         heads, scale, raw = own.begin(x)
-        ctx.save_for_backward(x, scale, raw)
+        # Weights too, of which `own` has its own view, so that torch tells when they were changed in between
+        ctx.save_for_backward(x, scale, raw, *given)
         ctx.own = own
         # x goes through, so that its gradient from behind is added where that of the norm is made
         return *heads, x.view_as(x)
@@ -379,22 +373,22 @@ class _Begin(torch.autograd.Function):
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *ctx.own.begin_back(*ctx.saved_tensors, grads[:3], grads[3])
+        return None, *ctx.own.begin_back(*ctx.saved_tensors[:3], grads[:3], grads[3])
 
 
 class _End(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, own: _Pass, x: Tensor, mixed: Tensor, *_: Tensor | None) -> Tensor:
+    def forward(ctx: Any, own: _Pass, x: Tensor, mixed: Tensor, *given: Tensor | None) -> Tensor:
         mixed = mixed.contiguous()
         out, middle, scale, both = own.end(x, mixed)
-        ctx.save_for_backward(mixed, middle, scale, both)
+        ctx.save_for_backward(mixed, middle, scale, both, *given)
         ctx.own = own
         return out
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *ctx.own.end_back(*ctx.saved_tensors, grads[0].contiguous())
+        return None, *ctx.own.end_back(*ctx.saved_tensors[:4], grads[0].contiguous())
 
 
 def _call(function: Any, tensors: Sequence[Tensor | None], *numbers: float) -> None:
@@ -406,7 +400,7 @@ def _blocks(x: Tensor) -> int:
 
 
 def _eps(norm: Any) -> float:
-    return float(getattr(norm, "variance_epsilon", getattr(norm, "eps", 0.0)))
+    return float(getattr(norm, "variance_epsilon", getattr(norm, "eps", None)) or 0.0)
 
 
 def _problem(made: Kernel, width: int) -> str | None:

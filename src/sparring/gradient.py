@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sparring.attention import packed
 from sparring.errors import SparringError
-from sparring.logps import batches, packs, token_logps, token_outputs
+from sparring.logps import batches, packs_now, token_logps, token_outputs
 from sparring.types import Batch, Frozen, Group, LogProbs
 
 
@@ -176,7 +176,7 @@ def gradient(
 def packed_throughout(model: nn.Module, objective: Objective, setting: Setting) -> bool:
     """Whether all of a batch's log-probs take the fast path, and nothing else is asked of the model."""
     asked = setting.hide is not None or "policy_logits" in objective.needs or setting.companions
-    return not asked and packs(model)
+    return not asked and packs_now(model)
 
 
 def dealt(order: Sequence[int], sizes: Sequence[int], hands: int) -> list[list[int]]:
@@ -198,17 +198,20 @@ def collate(
 ) -> Batch:
     """Groups and their frozen log-probs, aligned, to a `Batch`; absent completions and tokens are masked."""
     size_G = max(len(g.completions) for g in groups)
-    size_T = max(max(len(c) for c in g.completions) for g in groups)
+    lengths = [[len(c) for c in g.completions] + [0] * (size_G - len(g.completions)) for g in groups]
+    mask_BGT = torch.arange(max(map(max, lengths))) < torch.tensor(lengths)[..., None]
 
     def table(rows_BG: Sequence[Sequence[Sequence[Any]]], kind: torch.dtype) -> Tensor:
-        padded = [[[*row, *[0] * (size_T - len(row))] for row in group] for group in rows_BG]
-        whole = [group + [[0] * size_T] * (size_G - len(group)) for group in padded]
-        return torch.tensor(whole, dtype=kind, device=device)
+        # One flat list: torch reads it several times as fast as nested ones
+        flat = torch.tensor([x for group in rows_BG for row in group for x in row], dtype=kind)
+        return torch.zeros(mask_BGT.shape, dtype=kind).masked_scatter_(mask_BGT, flat).to(device)
 
-    weight_BGT = table([g.masks or [[1.0] * len(c) for c in g.completions] for g in groups], dtype)
+    given = any(g.masks for g in groups)
+    weights = table([g.masks or [[1.0] * len(c) for c in g.completions] for g in groups], dtype) if given else mask_BGT
+    weight_BGT = weights.to(device, dtype)
     return Batch(
         tokens_BGT=table([g.completions for g in groups], torch.long),
-        mask_BGT=table([[[1] * len(c) for c in g.completions] for g in groups], torch.bool),
+        mask_BGT=mask_BGT.to(device),
         targets_BG=torch.tensor(
             [[*g.targets, *[0.0] * (size_G - len(g.targets))] for g in groups], dtype=dtype, device=device
         ),

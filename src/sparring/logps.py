@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from sparring import attention, batching, packed
-from sparring.attention import is_packed, unwrapped
+from sparring.attention import drops, is_packed, unwrapped
 from sparring.batching import batches as batches
 from sparring.progress import OnRows, silent
 from sparring.sharding import Sharded
@@ -79,7 +79,7 @@ def token_logps(
         return shards
     # In training mode layers may be checkpointed: they are computed again in the backward pass, when `packed` has ended
     lasting = not (model.training and torch.is_grad_enabled()) or is_packed(model)
-    if hide is None and lasting and packs(model):
+    if hide is None and lasting and packs_now(model):
         return packed_token_logps(model, prompts, completions, compute=compute, sharpen=sharpen)
     return plain_token_logps(model, prompts, completions, compute=compute, hide=hide, sharpen=sharpen)
 
@@ -139,6 +139,11 @@ def packs(model: nn.Module) -> bool:
             log.info("%s: plain log-probs, slower and with the same values: %s", type(base).__name__, problem)
         _PACKS[base] = problem is None
     return _PACKS[base]
+
+
+def packs_now(model: nn.Module) -> bool:
+    """`packs`, but not while the model drops numbers at random, as in training mode it may."""
+    return packs(model) and not (model.training and drops(model))
 
 
 def use_plain(model: nn.Module) -> None:
@@ -325,7 +330,7 @@ def score(
     def table(prompts: Prompts, completions: Prompts) -> Tensor:
         return token_logps(model, prompts, completions, compute=compute, hide=hide, sharpen=sharpen)
 
-    plain = hide is not None or not packs(model)
+    plain = hide is not None or not packs_now(model)
     most = pass_tokens(model, compute)
     rows = _scored(model, prompts, completions, table, batch_size=batch_size, most=most, plain=plain, on_rows=on_rows)
     return [tuple(row) for row in rows]
@@ -346,7 +351,7 @@ def score_greedy(
 
     A batch has at most `batch_size` rows and, of more than one, `batch_tokens` tokens (`pass_tokens` by default).
     """
-    plain = not packs(model)
+    plain = not packs_now(model)
 
     def table(prompts: Prompts, completions: Prompts) -> Tensor:
         if not plain:

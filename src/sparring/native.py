@@ -11,6 +11,7 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -35,9 +36,12 @@ def tried(load: Callable[[], Made], problem: Callable[[Made], str | None], lost:
 
     lost: what cannot be had, and what that means.
     """
+    import torch
+
     try:
-        made = load()
-        why = problem(made)
+        with torch.inference_mode(False):  # where first needed, but trials have gradients
+            made = load()
+            why = problem(made)
     except (OSError, subprocess.SubprocessError) as error:
         why = str(error)
     if why:
@@ -75,16 +79,17 @@ def library(name: str, sizes: Mapping[str, int]) -> ctypes.CDLL:
 
     Raises OSError or SubprocessError, with a line that says why, where it cannot be had.
     """
-    compiler = shutil.which(os.environ.get("CC", "cc"))
-    if compiler is None:
-        raise OSError(f"there is no C compiler `{os.environ.get('CC', 'cc')}`")
+    compiler = shlex.split(os.environ.get("CC", "")) or ["cc"]
+    if shutil.which(compiler[0]) is None:
+        raise OSError(f"there is no C compiler `{compiler[0]}`")
     package = files("sparring")
     source = package.joinpath(name).read_bytes().replace(_SHARED, package.joinpath("lanes.h").read_bytes())
     defined = [f"-D{key}={value}" for key, value in sizes.items()]
-    command = [compiler, *_FLAGS, *_NEEDS.get(platform.machine(), ()), *defined]
-    parts = (source, repr(command).encode(), _machine(), subprocess.check_output([compiler, "--version"]))
+    command = [*compiler, *_FLAGS, *_NEEDS.get(platform.machine(), ()), *defined]
+    parts = (source, repr(command).encode(), _machine(), subprocess.check_output([*compiler, "--version"]))
     file = _cache() / f"{hashlib.sha256(b'-'.join(parts)).hexdigest()[:24]}.so"
-    with contextlib.suppress(OSError):  # a home that cannot be written to, or a file that was cut off
+    # A home that cannot be written to or is full, or a file that was cut off
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
         if not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
             _compile(command, source, file)
@@ -108,7 +113,8 @@ def _compile(command: Sequence[str], source: bytes, file: Path) -> None:
 
 
 def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparring"
+    # `Path.home()` is an error for a user whom the system does not know
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "sparring"
 
 
 def _machine() -> bytes:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from sparring.batching import Tile
 
@@ -47,6 +48,7 @@ class Whole(torch.autograd.Function):
         return torch.matmul(weights, value).view(rows, heads, size, -1)
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, weights = ctx.saved_tensors
         grad = grads[0].reshape(*query.shape[:3], -1)
@@ -120,6 +122,7 @@ class Tiles(torch.autograd.Function):
         return _together(out.view(groups, tokens, -1), heads)
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, *kept = ctx.saved_tensors
         tokens, heads = grads[0].shape[:2]

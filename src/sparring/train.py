@@ -189,8 +189,8 @@ def make_optimizer(
         return torch.optim.RMSprop(groups, lr=settings.lr, eps=settings.eps, foreach=foreach)
     if settings.optimizer in lowbit.OPTIMIZERS:
         return lowbit.optimizer(groups, settings)
-    # On a CPU one pass over all numbers of a step instead of a dozen; shards and whole tensors together do not go into it
-    fused = True if foreach is None and all(p.device.type == "cpu" for p in trained) else None
+    # One pass over all numbers of a step instead of a dozen; shards and whole tensors together do not go into it
+    fused = True if foreach is None and all(p.device.type in ("cpu", "cuda") for p in trained) else None
     return torch.optim.AdamW(
         groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, foreach=foreach, fused=fused
     )

@@ -249,7 +249,8 @@ class _Reading:
                 positions += range(len(prompt))
             at += len(prompt)
         self._rows, self._slots, self._positions = (torch.tensor(x, device=device) for x in (rows, taken, positions))
-        self._copied = len(rows) != tree.ids.shape[1]
+        # Lengths do not tell: the row may be filled up by as many tokens as copies have
+        self._copied = rows != list(range(tree.ids.shape[1]))
         self._places: dict[int, Tensor] = {}
 
     def attend(self, layer: int, states: States, rule: Rule) -> Tensor:

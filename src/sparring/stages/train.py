@@ -201,7 +201,8 @@ def _compile(
     # The groups of a first pass, the same whenever the round goes on
     rows = batch_rows(0, len(paired), settings.batch_size, seed)
     sizes = [len(paired[i].prompt) + sum(map(len, paired[i].completions)) for i in rows]
-    rows = [rows[i] for i in batches(sizes, [1] * len(rows), settings.micro_batch, settings.micro_tokens)[0]]
+    first = batches(sizes, [1] * len(rows), settings.micro_batch, settings.micro_tokens)[0]
+    rows, tokens = [rows[i] for i in first], sum(sizes[i] for i in first)
     chosen, beside = [paired[i] for i in rows], {role: [table[i] for i in rows] for role, table in held.items()}
 
     def once() -> None:
@@ -218,7 +219,7 @@ def _compile(
     record = read_json(file) if file.exists() else {}
     if wanted == "auto" and r.folder not in record:
         passes = total_steps(len(paired), settings) * settings.batch_size / len(rows)
-        record |= {r.folder: compiled.settled(model, once, passes)}
+        record |= {r.folder: compiled.settled(model, once, passes, tokens)}
         write_json(file, record)
     if wanted == "always" or record[r.folder]["pays"]:
         problem = compiled.begin(stack, model, once)
