@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 import random
 import signal
@@ -20,10 +22,10 @@ import sparring
 from helpers import recipe, write_recipe
 from rundirs import records
 from sparring.config import TrackConfig
-from sparring.crew import Claims, Rank, of_environment
+from sparring.crew import FOLDER, SAID, Claims, Crew, Rank, of_environment
 from sparring.evaluate import Item
 from sparring.member import opened
-from sparring.progress import Live, combined
+from sparring.progress import Live, Progress, combined
 from sparring.rundir.store import Rows, write_shards
 from sparring.rundir.view import RunView
 from sparring.types import Frozen, Group, Player, Sample
@@ -296,3 +298,18 @@ def test_progress_of_several_is_told_as_one() -> None:
 def test_a_members_run_tells_no_tracker(alone: Path) -> None:
     shop = opened(alone, Rank(0, 1, 0))
     assert shop.config.track == TrackConfig() and shop.config.model.device == "cpu"
+
+
+def test_a_crew_that_starts_again_reads_its_log_from_the_beginning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It ends for vLLM's sake and comes back; its log is a new file then."""
+    caplog.set_level(logging.INFO, "sparring")
+    made = Crew(tmp_path, 2, None, None)
+    monkeypatch.setattr(Crew, "_begun", lambda *_: None)
+    for message in ("a long line of the first", "short"):
+        made._start()
+        (tmp_path / FOLDER / SAID).write_text(json.dumps([logging.INFO, message]) + "\n")
+        made._orders.add(0, 0, "stage", "step")
+        made._replies(0, 0, Progress(terminal=False), lambda: None)
+    assert [record.getMessage() for record in caplog.records] == ["a long line of the first", "short"]

@@ -110,6 +110,26 @@ def test_a_wrong_name_is_told_before_anything_is_played(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({"method": "sera", "repeat": 2}, {"method": "tpaw"}),
+        ({"method": "dnpo"}, {"method": "spin", "memory": 1}),
+        ({"method": "spin"}, {"method": "drift", "memory": 1}),
+    ],
+)
+def test_groups_of_another_kind_are_not_trained_on_again(
+    before: dict[str, Any], after: dict[str, Any], tmp_path: Path, tiny_model: Path, tiny_data: Path
+) -> None:
+    """SeRA's have no preferred answer before it selects, DNPO's may prefer the player's own."""
+    tree = recipe(tmp_path / "run", tiny_model, tiny_data, rounds=[before, after])
+    code, _, err = cli("run", write_recipe(tmp_path / "r.yaml", tree))
+    says = f"would train again on the groups of round {before.get('repeat', 1) - 1}, which `{before['method']}` made"
+    assert code == 2 and says in err and len(err.splitlines()) == 1
+    alike = recipe(tmp_path / "run", tiny_model, tiny_data, rounds=[{"method": "alpha_spin"}, {"method": "tpaw"}])
+    assert api.prepare(alike).plan.rounds[1].stage("groups").inputs.keys() >= {"round_000/groups"}
+
+
 def test_a_verifier_that_judges_nothing_is_named(tmp_path: Path, tiny_model: Path) -> None:
     data = write_jsonl(tmp_path / "d.jsonl", [{"prompt": f"say {i}", "completion": "yes"} for i in range(12)])
     tree = recipe(tmp_path / "run", tiny_model, data, rounds=[{"method": "exspin", "verifier": "gsm8k"}])
@@ -141,3 +161,15 @@ def test_official_pairs_longer_than_the_model_are_refused_before_play(
     code, _, err = cli("run", write_recipe(tmp_path / "r.yaml", tree))
     assert code == 2 and "max_length: 1024 is more than the model's context of 256" in err
     assert not (tmp_path / "run" / "round_000" / "samples").exists()
+
+
+def test_official_questions_longer_than_the_model_are_refused_before_play(tmp_path: Path, tiny_model: Path) -> None:
+    """The released code cuts pairs, but what is played is the whole question."""
+    told = [*rows(11), {"prompt": "say " + "so " * 90, "completion": "so", "id": "long"}]
+    data = write_jsonl(tmp_path / "rows.jsonl", told)
+    entry = {"method": "spin_official", "max_length": 200, "max_prompt_length": 100}
+    tree = recipe(tmp_path / "run", tiny_model, data, rounds=[entry])
+    tree["data"] |= {"long_prompt": "keep_end", "heldout_size": 0}
+    code, _, err = cli("run", write_recipe(tmp_path / "r.yaml", tree))
+    assert code == 2 and "and the released code cuts no question; lower play.max_new_tokens" in err
+    assert not list((tmp_path / "run" / "round_000").glob("samples/*"))

@@ -16,6 +16,7 @@ import pytest
 import sparring
 from helpers import cli, player_shas, recipe, rows, tree_hash, write_jsonl, write_model
 from rundirs import records, refused
+from sparring import api
 from sparring.errors import BusyError, InputError
 from sparring.rundir import RunDir
 from sparring.rundir.store import read_json, write_json
@@ -129,6 +130,38 @@ def test_changed_inputs_are_noticed(tmp_path: Path) -> None:
     ]
     write_model(model)
     assert sparring.run(tree).best == 1
+
+
+def test_rounds_in_which_nobody_plays_depend_on_the_starts_tokens(tmp_path: Path) -> None:
+    """Their groups are token ids; another model in the start's place may have other ones, or another template."""
+    model, data = write_model(tmp_path / "model"), write_jsonl(tmp_path / "rows.jsonl", rows(12))
+    tree = recipe(tmp_path / "run", model, data, rounds=[{"method": "sft"}, {"method": "spin"}])
+    sparring.run(tree)
+    write_model(model, seed=1)
+    assert "prep_000/groups: its input player -1 (tokens) changes" in refused(tree)
+
+
+def test_so_do_rounds_whose_players_are_models_from_elsewhere(tmp_path: Path, tiny_model: Path) -> None:
+    data, other = write_jsonl(tmp_path / "rows.jsonl", rows(12)), write_model(tmp_path / "other", seed=1)
+    given = [{"method": "spin"}, {"method": "spin", "opponent": str(other), "start": str(other)}]
+    own, theirs = api.prepare(recipe(tmp_path / "run", tiny_model, data, rounds=given)).plan.rounds
+    for stage in ("samples", "held"):
+        assert "player 0 (tokens)" in theirs.stage(stage).inputs
+        assert "player 0 (tokens)" not in own.stage(stage).inputs
+
+
+def test_the_shards_of_a_frozen_role_are_cut_by_a_setting_of_its_stage(tmp_path: Path, tiny_model: Path) -> None:
+    """Where somebody plays it is one of the samples'; where nothing is frozen it says nothing."""
+    data = write_jsonl(tmp_path / "rows.jsonl", rows(12))
+
+    for entry, changes in (({"method": "dpo", "pairs": "data"}, True), ({"method": "sft"}, False)):
+        stages = [
+            api.prepare(recipe(tmp_path / "run", tiny_model, data, rounds=[entry]), change)
+            .plan.rounds[0]
+            .stage("frozen")
+            for change in ([], ["play.chunk=3"])
+        ]
+        assert (stages[0].key != stages[1].key) == changes
 
 
 def test_ignoring_generated_answers_is_another_data_set(tiny_model: Path, tmp_path: Path) -> None:

@@ -164,6 +164,8 @@ def test_tpaw_in_detail() -> None:
     assert figures["hardest"].item() == pytest.approx(0.4392031491, abs=close())
     assert figures["fallen"].item() == pytest.approx(1 / 3)
     assert figures["margin"].item() == pytest.approx(0.3)
+    unweighted = methods.make("tpaw", {"eta": 1.0}).metrics(*batch_of([POLICY], {r: [v] for r, v in team.items()})[1:])
+    assert unweighted["fallen"].item() == pytest.approx(1 / 3)
 
 
 def test_tpaw_at_the_start_of_a_round() -> None:

@@ -139,7 +139,7 @@ class Crew:
         self._started: list[subprocess.Popen[bytes]] = []
         """The processes, or their launcher alone."""
         self._orders, self._given = Orders(run), 0
-        self._said, self._failed = 0, False
+        self._failed = False
 
     def do(
         self, stage: str, step: str, members: int, shown: Progress, tell: Callable[[], None] = lambda: None
@@ -177,6 +177,7 @@ class Crew:
             shutil.rmtree(self._run / FOLDER, ignore_errors=True)
 
     def _start(self) -> None:
+        self._said = 0
         place = self._run / FOLDER
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir()

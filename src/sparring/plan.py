@@ -183,6 +183,8 @@ def _round(
 ) -> RoundPlan:
     folder = round_folder(t, first)
     roles = _roles(method, settings, t, first, known.players)
+    # Token ids are the start's; where it is no input by way of a player, a model in its place would find another's
+    words = {f"player {first} (tokens)": known.players[first]}
 
     def player(*names: str) -> dict[str, str]:
         inputs: dict[str, str] = {}
@@ -210,7 +212,8 @@ def _round(
         if method.official is not None:
             played |= {"official": True, "bos": method.official.bos}
         players = [role for turn in draft.turns for role in (turn.role, turn.mixed_with) if role is not None]
-        stages.append(Stage(f"{folder}/samples", "samples", played, {"data": data.key, **player(*players)}))
+        by_start = {} if any(roles[name] not in known.outside for name in players) else words
+        stages.append(Stage(f"{folder}/samples", "samples", played, {"data": data.key, **player(*players), **by_start}))
     if method.verifier is not None or method.scorer is not None:
         judged = {
             "verifier": method.verifier and identity(method.verifier),
@@ -220,12 +223,14 @@ def _round(
     paired = {"method": name, "round": t, "memory": list(method.memory)} | _dotted(method.name, depends) | prompts
     if method.template is not None:
         paired |= {"template": method.template}
-    replayed = [r for r in reversed(earlier) if r.method.plays][: len(method.memory)]
+    replayed = _replayed(method, t, earlier)
     recalled = _recalled(method, t, earlier)
-    inputs = {"data": data.key} | _keys(stages)
+    inputs = {"data": data.key} | (_keys(stages) if draft.turns else words | _keys(stages))
     inputs |= _keys([r.stage("groups") for r in replayed]) | _keys([r.stage("samples") for r in recalled])
     groups = Stage(f"{folder}/groups", "groups", paired, inputs)
     frozen_settings = compute | {"roles": list(draft.frozen), "official": method.official is not None}
+    if draft.frozen and not draft.turns:
+        frozen_settings["play.chunk"] = settings.play.chunk  # cuts these shards too, and is in no samples' key
     frozen = Stage(f"{folder}/frozen", "frozen", frozen_settings, _keys([groups]) | player(*draft.frozen))
     stages += [groups, frozen]
     trained = {"seed": config.seed, "method": name} | compute | _dotted(method.name, settings.hyper)
@@ -238,7 +243,8 @@ def _round(
         reading = {"seed": config.seed, "round": t, "prompts": config.controls.prompts} | compute
         reading |= {k: v for k, v in prompts.items() if k != "limit"} | {"play.temperature": settings.play.temperature}
         reading |= _sampler(config)
-        held = Stage(f"{folder}/held", "held", reading, {"data": data.key} | player("start"))
+        by_start = words if roles["start"] in known.outside else {}
+        held = Stage(f"{folder}/held", "held", reading, {"data": data.key} | player("start") | by_start)
         stages.append(held)
         inputs |= _keys([held])
         trained |= _dotted("controls", config.controls.guard_identity())
@@ -271,6 +277,22 @@ def _lora(config: Config) -> dict[str, Any]:
 
 def _keys(stages: Iterable[Stage]) -> dict[str, str]:
     return {stage.folder: stage.key for stage in stages}
+
+
+_GOLD_FIRST = {"spin", "alpha_spin", "fictitious_play", "tpaw"}
+"""Methods whose groups are (gold, sample) and nothing else, so that each may train on the others'."""
+
+
+def _replayed(method: Method, t: int, earlier: Sequence[RoundPlan]) -> list[RoundPlan]:
+    """The earlier rounds whose groups a method trains on again. Raises InputError where it would misread them."""
+    found = [r for r in reversed(earlier) if r.method.plays][: len(method.memory)]
+    for r in found:
+        if r.method.name != method.name and not {r.method.name, method.name} <= _GOLD_FIRST:
+            raise InputError(
+                f"method `{method.name}`: round {t} would train again on the groups of round {r.t}, which "
+                f"`{r.method.name}` made in another way; have it replay fewer rounds, or let one method play both"
+            )
+    return found
 
 
 def _recalled(method: Method, t: int, earlier: Sequence[RoundPlan]) -> list[RoundPlan]:

@@ -283,5 +283,7 @@ def _restore(
             if settings.optimizer in lowbit.OPTIMIZERS:
                 lowbit.refill(optimizer, parameter, held)
             else:
-                optimizer.state[parameter] = {k: v if k == "step" else v.to(parameter.device) for k, v in held.items()}
+                # Where one pass takes all numbers, it reads the count of steps on their device; else that stays on the CPU
+                stays = () if optimizer.defaults.get("fused") else ("step",)
+                optimizer.state[parameter] = {k: v if k in stays else v.to(parameter.device) for k, v in held.items()}
     return step, int(tensors["backoffs"])

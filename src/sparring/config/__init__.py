@@ -188,8 +188,8 @@ class PlayConfig(Sampling):
     """How the opponent answers."""
 
     samples: int = _doc(1, "Answers per prompt.", gt=0)
-    temperature: float = _doc(1.0, "Sampling temperature; 0 is greedy. The paper: 1.", ge=0)
-    top_p: float = _doc(1.0, "Nucleus sampling; 1 is off. The paper: 1.", gt=0, le=1)
+    temperature: float = _doc(1.0, "Sampling temperature; 0 is greedy. The paper gives none.", ge=0)
+    top_p: float = _doc(1.0, "Nucleus sampling; 1 is off. The paper gives none.", gt=0, le=1)
     top_k: int = _doc(0, "Keep the k likeliest tokens; 0 is off.", ge=0)
     max_new_tokens: int = _doc(256, "Longest answer, in tokens; a longer one is cut and gets no end token.", gt=0)
     batch_size: int = _doc(64, "Prompts decoded together.", execution=True, gt=0)

@@ -55,7 +55,7 @@ def method(
 
     return Method(
         name="exspin",
-        paper="Liang et al. 2025, Entropy 27(3):235, Algorithm 2, Eq. 11 and 14",
+        paper="Liang et al. 2025, Entropy 27(3):235, Algorithm 2, Eq. 11 and 14, from summaries that cite its pages",
         roles=previous,
         groups=groups,
         by_prompt=True,

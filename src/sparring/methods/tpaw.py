@@ -55,8 +55,9 @@ def method(*, beta: float = 0.1, eta: float = 6.0, gamma: float = 0.5, n_max: in
         return (share_BJ * logistic(alpha_BJ * gold_BJ - sample_BJ)).sum(-1)
 
     def metrics(policy: LogProbs, batch: Batch) -> Mapping[str, Tensor]:
-        alpha_BJ, share_BJ = weights(*rewards(policy, batch))
-        fallen = (alpha_BJ > 1).double().mean(-1)
+        gold_BJ, sample_BJ = rewards(policy, batch)
+        _, share_BJ = weights(gold_BJ, sample_BJ)
+        fallen = (gold_BJ.detach() <= beta * ROUNDING).double().mean(-1)
         return {**pair_metrics(policy, batch, beta), "fallen": fallen, "hardest": share_BJ.amax(-1)}
 
     return Method(

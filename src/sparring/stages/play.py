@@ -113,7 +113,9 @@ def play_shards(shop: Workshop, folder: Path, *, r: RoundPlan) -> int:
 def _rows(shop: Workshop, r: RoundPlan) -> Sequence[Rendered]:
     """The prompts that a round plays."""
     rows = shop.rendered("train", r.settings.play.max_new_tokens, r.settings.limit, r.method.template).rows
-    return rows if r.method.official is None else _official(shop, rows, r.method.official)
+    return (
+        rows if r.method.official is None else _official(shop, rows, r.method.official, r.settings.play.max_new_tokens)
+    )
 
 
 def _answers(
@@ -250,8 +252,11 @@ def _mixture(shop: Workshop, r: RoundPlan, turn: Turn) -> Mixture | None:
     return Mixture(shop.beside(shop.resolve(r, turn.mixed_with)), turn.share)
 
 
-def _official(shop: Workshop, rows: Sequence[Rendered], official: Official) -> list[Rendered]:
-    """The rows with the prompt that the released generators play. Raises InputError where pairs would not fit the model."""
+def _official(shop: Workshop, rows: Sequence[Rendered], official: Official, most: int) -> list[Rendered]:
+    """The rows with the prompt that the released generators play.
+
+    Raises InputError where pairs, or a question with an answer of `most` tokens, would not fit the model.
+    """
     from sparring.prompts.official import first_round, play_ids
 
     model = players.model_config(shop.player(shop.plan.first).path, shop.config.model)
@@ -259,10 +264,18 @@ def _official(shop: Workshop, rows: Sequence[Rendered], official: Official) -> l
     if official.max_length > context:
         raise InputError(f"max_length: {official.max_length} is more than the model's context of {context}; lower it")
     questions = {e.id: first_round(e)[0][1].content for e in shop.examples(row.example_id for row in rows)}
-    return [
+    made = [
         replace(row, prompt=tuple(play_ids(shop.tokenizer, questions[row.example_id], bos=official.bos)))
         for row in rows
     ]
+    longest = max(made, key=lambda row: len(row.prompt), default=None)
+    if longest is not None and len(longest.prompt) + most > context:
+        raise InputError(
+            f"{longest.example_id}: its question of {len(longest.prompt)} tokens and an answer of {most} are more than "
+            f"the model's context of {context}, and the released code cuts no question; lower play.max_new_tokens or "
+            "leave such questions out of the data"
+        )
+    return made
 
 
 def _given(shop: Workshop, model: nn.Module | None, rows: Sequence[Rendered], t: int, batch_size: int) -> list[Sample]:
