@@ -52,6 +52,11 @@ def test_last_box(answer: str, content: str | None) -> None:
         (r"\text{Monday}", "Monday"),
         (r"\left(1, 2\right)", "(1,2)"),
         (r"x^2 + 1", "x^2+1"),
+        (r"\text{A}.", "A"),
+        (r"(\text{B})", "(B)"),
+        (r"2\mathrm{i}", "2i"),
+        (r"5\,\mathrm{cm}", "5"),
+        (r"2:00\text{ p.m.}", "2:00 p.m."),
         ("+7", "7."),
     ],
 )
@@ -61,7 +66,19 @@ def test_one_spelling(one: str, other: str) -> None:
 
 @pytest.mark.parametrize(
     ("one", "other"),
-    [("1/2", "2"), ("-1", "1"), ("x^2", "x2"), ("1,23", "123"), ("(1,2)", "(2,1)"), ("1/0", "1"), ("0.1", "0.10001")],
+    [
+        ("1/2", "2"),
+        ("-1", "1"),
+        ("x^2", "x2"),
+        ("1,23", "123"),
+        ("(1,2)", "(2,1)"),
+        ("1/0", "1"),
+        ("0.1", "0.10001"),
+        (r"(\text{B})", r"(\text{C})"),
+        (r"\text{red},\text{blue}", r"\text{red},\text{green}"),
+        (r"2\mathrm{i}", "2"),
+        (r"2:00\text{ p.m.}", r"2:00\text{ a.m.}"),
+    ],
 )
 def test_what_differs_stays_different(one: str, other: str) -> None:
     assert canonical(one) != canonical(other)
@@ -113,6 +130,18 @@ def test_math_says_which_extra_it_needs(monkeypatch: pytest.MonkeyPatch) -> None
         load_verifier("math")(example("1"), "1")
 
 
+EXPRESSIONS = {
+    r"\boxed{2x+1}": "2",
+    r"\boxed{3\sqrt{2}}": "3",
+    r"\boxed{2\pi}": "2",
+    r"\boxed{(1, 2)}": "2",
+    r"\boxed{\left( 3, \frac{\pi}{2} \right)}": "3",
+    r"\boxed{\sqrt{\frac{1}{2}}}": r"\frac{1}{2}",
+    r"\boxed{\frac{1}{2}x+3}": r"\frac{1}{2}",
+}
+"""Golds, and a number that stands in each and is not it."""
+
+
 @pytest.mark.skipif(importlib.util.find_spec("math_verify") is None, reason="math-verify is not installed")
 @pytest.mark.parametrize(
     ("gold", "answer", "right"),
@@ -123,6 +152,12 @@ def test_math_says_which_extra_it_needs(monkeypatch: pytest.MonkeyPatch) -> None
         ("72", "no number", False),
         ("72", r"\boxed{73}", False),
         ("", "72", None),
+        *((gold, gold, True) for gold in EXPRESSIONS),
+        *((gold.removeprefix(r"\boxed{")[:-1], gold, True) for gold in EXPRESSIONS),
+        *((gold, rf"\boxed{{{part}}}", False) for gold, part in EXPRESSIONS.items()),
+        ("so 18 eggs", r"\boxed{18}", True),
+        ("The answer is $2x+1$.", r"\boxed{1+2x}", True),
+        (r"5\text{ cm}", r"\boxed{5}", True),
     ],
 )
 def test_math(gold: str, answer: str, right: bool | None) -> None:

@@ -703,6 +703,21 @@ def test_rows_that_are_trained_on_are_left_out(tmp_path: Path, tiny_model: Path)
     assert "were left out" in cli("status", view.path).out
 
 
+@pytest.mark.parametrize(("trained", "prompts"), [("drop", 3), ("keep", 5)])
+def test_the_guard_reads_none_that_is_trained_on_either(
+    trained: str, prompts: int, tmp_path: Path, tiny_model: Path
+) -> None:
+    """log p(gold) of these rises where that of others falls."""
+    data, fresh = rows(8), [{"question": f"{i} new?", "answer": "#### 2"} for i in range(3)]
+    sections = {
+        "data": {"heldout": str(write_jsonl(tmp_path / "held.jsonl", [*data[:2], *fresh])), "heldout_size": 0.05},
+        "evaluate": {"trained": trained},
+    }
+    own = write_jsonl(tmp_path / "train.jsonl", data)
+    view = sparring.run(recipe(tmp_path / "run", tiny_model, own, rounds=[{"method": "spin"}], **sections))
+    assert view.rounds[0].counts["held"]["prompts"] == prompts
+
+
 def test_held_out_prompts_that_are_all_trained_on(tmp_path: Path, tiny_model: Path) -> None:
     """Few prompts with many right answers each: to measure by them or not is the user's word, never silence."""
     data = rows(8)

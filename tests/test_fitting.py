@@ -47,6 +47,23 @@ def test_rows_have_exactly_one_end_token() -> None:
     }  # fmt: skip
 
 
+def test_what_a_template_adds_counts_as_well() -> None:
+    """Nothing of it is cut in silence: UPFT's question inside its template."""
+    limit = OVERHEAD + 10
+    given = [example("e" * 10)], Renderer(toys.characters())
+
+    def made(**data: Any) -> Rendering:
+        settings = DataConfig(max_prompt_tokens=limit, **data)
+        return render(*given, settings, context=100, max_new_tokens=10, template="Begin {question}")
+
+    with pytest.raises(InputError, match=f"the prompt has {limit + 6} tokens and the limit is {limit}"):
+        made()
+    assert made(long_prompt="keep_end").counts["prompts_cut"] == 1
+    assert (
+        render(*given, DataConfig(max_prompt_tokens=limit), context=100, max_new_tokens=10).counts["prompts_cut"] == 0
+    )
+
+
 def test_long_prompts() -> None:
     rows = [example("e" * n) for n in (9, 10, 11, 30)]
     limit = OVERHEAD + 10

@@ -13,6 +13,9 @@ _DRESS = re.compile(
     r"\\(?:left|right|displaystyle)(?![a-zA-Z])|\\[!,;: ]|\\?[$%]|\^(?:\\circ|\{\\circ\})|\s+|(?<=\d),(?=\d{3}(?!\d))"
 )
 _WORDS = re.compile(r"\\(?:text|mathrm|textbf|mbox)\s*\{([^{}]*)\}")
+_CONSTANT = re.compile(r"\\mathrm\s*\{\s*([ie])\s*\}")
+_DELIMITED = re.compile(r"\$|\\[(\[]|\\begin")
+_PROSE = re.compile(r"(?<![\\a-zA-Z])(?!(?:sin|cos|tan|cot|log|ln|exp|sqrt|pi)(?![a-zA-Z]))[a-zA-Z]{2,}")
 _NUMBER = re.compile(
     r"(?P<sign>[-−+]?)(?:\\frac\{(?P<over>\d{1,99})\}\{(?P<under>\d{1,99})\}|(?P<plain>\d{1,99}(?:\.\d{0,99})?|\.\d{1,99})"
     r"(?:/(?P<below>\d{1,99}))?)"
@@ -52,8 +55,10 @@ def last_box(text: str) -> str | None:
 
 def canonical(text: str) -> str:
     """One spelling for answers that say the same: a number as a fraction in lowest terms, else the bare text."""
-    unit = _WORDS.sub("", text.strip())
-    bare = unit if _DRESS.sub("", unit) else _WORDS.sub(r"\1", text)
+    text = _CONSTANT.sub(r"\1", text.strip())
+    unit = _WORDS.sub(_unit, text)
+    # Words are units beside something that says anything itself, which brackets and commas do not
+    bare = unit if re.search(r"\w", _DRESS.sub("", unit)) else _WORDS.sub(r"\1", text)
     bare = _DRESS.sub("", bare.replace("dfrac", "frac").replace("tfrac", "frac")).rstrip(".")
     bare = re.sub(r"\\frac(\d)(\d)", r"\\frac{\1}{\2}", bare)
     found = _NUMBER.fullmatch(bare)
@@ -64,6 +69,11 @@ def canonical(text: str) -> str:
         return bare
     value = Fraction(found["over"] or found["plain"]) / below
     return str(-value if found["sign"] in ("-", "−") else value)
+
+
+def _unit(words: re.Match[str]) -> str:
+    """Nothing, but for halves of a day."""
+    return words[1] if words[1].replace(".", "").strip().lower() in ("am", "pm") else ""
 
 
 def symbolic(example: Example, answer: str) -> bool | None:
@@ -78,8 +88,15 @@ def symbolic(example: Example, answer: str) -> bool | None:
         raise InputError(
             "verifier `math`: math-verify is not installed; pip install 'sparring[math]', or take `boxed` or `number`"
         ) from None
-    gold = _gold(example.gold or "")
-    expected = parse(gold) or parse(f"${gold}$")
+    gold = example.gold or ""
+    content, rest = last_box(gold), gold.rpartition("####")[2].strip()
+    # Of an expression outside of formulas math-verify takes the first number that it can find: 2 of 2x+1
+    if content is not None:
+        expected = parse(rf"\boxed{{{content}}}")
+    elif _DELIMITED.search(rest) or _PROSE.search(rest):
+        expected = parse(rest)
+    else:
+        expected = parse(f"${rest}$") or parse(rest)
     return bool(verify(expected, parse(answer))) if expected else None
 
 

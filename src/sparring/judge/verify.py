@@ -22,7 +22,7 @@ _NUMBER = re.compile(
     # giving spaces back takes quadratic time on an answer that ends in thousands of them.
     r"[\s*$€£]*+(?P<sign>[-−+]?)[\s$€£]*+"
     rf"(?P<digits>[0-9][0-9,]*+{_DECIMALS}|\.[0-9]++)"
-    r"(?!\s*[-−+/*^=×÷]\s*[0-9$(]|[eE][-+]?[0-9])"
+    r"(?!\s*[-−+/*^=×÷]\s*[0-9$(]|[eE][-+]?[0-9]|[ \t]+[0-9]+[ \t]*/)"
 )
 _DIGITS = rf"(?:[0-9]{{1,3}}+(?:,[0-9]{{3}}){{1,12}}(?![0-9]|,[0-9]{{3}})|[0-9]++){_DECIMALS}|\.[0-9]++"
 _SIGN = r"[-−+]?+[$€£]?+[-−+]?+"
@@ -31,6 +31,12 @@ _CALCULATION = re.compile(
     # A number with what it is calculated with. A hyphen after a word is no sign, nor are digits in a word a number.
     rf"(?:(?<![\w.)]){_SIGN})?(?<![\w.])(?:{_DIGITS})(?:(?:\s*+[-−+*/^×÷]\s*+|[eE]){_SIGN}(?:{_DIGITS}))*"
 )
+_UNIT = re.compile(r"(?:[^\W\d_]|\\(?:text|mathrm|mbox)\s*\{[^{}]*\})\^\{?$")
+"""Before the exponent of a unit or a variable."""
+_PART = re.compile(r"(?:\^|√|(?:\^|_|\}|\\[dt]?frac|\\sqrt(?:\[[^\]]{0,9}\])?)\s*\{)$")
+"""Before the exponent of a number, what a root is taken of, and parts of a fraction."""
+_BEFORE = 100
+"""Characters before a number that are looked at for these."""
 
 
 def gsm8k(example: Example, answer: str) -> bool | None:
@@ -58,7 +64,8 @@ def number(example: Example, answer: str) -> bool | None:
     """Whether the last number of the answer's text equals the gold answer's; None where the gold has none.
 
     Of a text with `####` only what follows the last of them counts. Commas between thousands, currency signs and
-    trailing zeros do not matter. What ends in a sum, a fraction or a power of ten has no number: 14/5 is not 5.
+    trailing zeros do not matter, nor do exponents of units. What ends in a sum, a fraction, a root or a power has no
+    number: 14/5 is not 5.
     """
     gold = last_number(example.gold or "")
     return None if gold is None else last_number(answer) == gold
@@ -66,8 +73,13 @@ def number(example: Example, answer: str) -> bool | None:
 
 def last_number(text: str) -> Decimal | None:
     """The last number of a text, exact; None where there is none, or where it is part of a calculation."""
-    calculations = [match[0] for match in _CALCULATION.finditer(text.rpartition("####")[2])]
-    found = _SIGNED.fullmatch(calculations[-1]) if calculations else None
+    rest = text.rpartition("####")[2]
+    found = None
+    for match in reversed(list(_CALCULATION.finditer(rest))):
+        before = rest[max(0, match.start() - _BEFORE) : match.start()]
+        if not _UNIT.search(before):
+            found = None if _PART.search(before) else _SIGNED.fullmatch(match[0])
+            break
     if found is None:
         return None
     value = Decimal(found["digits"].replace(",", ""))

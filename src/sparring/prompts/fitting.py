@@ -82,19 +82,21 @@ def _rows(
     golds = _answers([example.gold for example in examples], texts, prompts, renderer)
     generations = _answers([example.generated for example in examples], texts, prompts, renderer)
     for example, prompt, gold, generated in zip(examples, prompts, golds, generations, strict=True):
-        cut = ["prompt"] if len(prompt) > limit else []
+        retold = None if template is None else renderer.prompt(_retold(example, template))
+        size = max(len(prompt), len(retold or ()))
+        cut = ["prompt"] if size > limit else []
         if cut and data.long_prompt == "fail":
             own = data.max_prompt_tokens == limit
             setting = "data.max_prompt_tokens" if own else "the model's context less play.max_new_tokens"
             raise InputError(
-                f"{_where(example)}: the prompt has {len(prompt)} tokens and the limit is {limit} ({setting}); shorten it, "
+                f"{_where(example)}: the prompt has {size} tokens and the limit is {limit} ({setting}); shorten it, "
                 "raise the limit, or set data.long_prompt to drop or keep_end"
             )
         if cut and data.long_prompt == "drop":
             counts["prompts_dropped"] += 1
             continue
         prompt = prompt[-limit:]
-        room = min(data.max_answer_tokens or context, context - len(prompt))
+        room = min(data.max_answer_tokens or context, context - min(size, limit))
         if gold is not None and len(gold) >= room:
             if data.long_answer == "drop":
                 counts["golds_dropped"] += 1
@@ -111,7 +113,7 @@ def _rows(
             generated=None if generated is None else _ended(generated, room, renderer.end_id),
             generated_text=example.generated,
             cut=tuple(cut),
-            retold=None if template is None else tuple(renderer.prompt(_retold(example, template))[-limit:]),
+            retold=None if retold is None else tuple(retold[-limit:]),
         )
 
 

@@ -128,6 +128,13 @@ def _ask(engine: Engine, player: Player, play: PlayConfig) -> AskAt:
     return ask
 
 
+def untrained(shop: Workshop, rows: Sequence[Rendered]) -> Sequence[Rendered]:
+    """Held-out rows but for those whose prompts are trained on, unless `evaluate.trained` keeps these."""
+    if shop.config.evaluate.trained == "keep" or not (trained := _guard(shop, None).trained):
+        return rows
+    return [row for row in rows if row.example_id not in trained]
+
+
 def _asked(shop: Workshop) -> tuple[list[Rendered], list[Rendered]]:
     """The held-out rows of the evaluation, and those of them that a player is measured by.
 
@@ -135,10 +142,7 @@ def _asked(shop: Workshop) -> tuple[list[Rendered], list[Rendered]]:
     """
     settings = shop.config.evaluate
     rows = list(shop.rendered("heldout", shop.config.evaluation_play.max_new_tokens, settings.limit).rows)
-    if settings.trained == "keep":
-        return rows, rows
-    trained = _guard(shop, None).trained
-    left = [row for row in rows if row.example_id not in trained]
+    left = list(untrained(shop, rows))
     if rows and not left:
         raise InputError(
             f"evaluate.trained: the prompts of all {len(rows)} held-out examples are trained on, so none is left to measure "

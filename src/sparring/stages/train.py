@@ -111,10 +111,13 @@ def _readings(rows: Sequence[Rendered], r: RoundPlan) -> int:
 
 
 def _held_out(shop: Workshop, r: RoundPlan) -> Sequence[Rendered]:
-    """The prompts that a round's guard reads."""
+    """The prompts that a round's guard reads: like the evaluation, none that is trained on."""
+    from sparring.stages.evaluation import untrained
+
     if not len(Rows(shop.run.path / "data" / "heldout", Example)):
         return []
-    return shop.rendered("heldout", r.settings.play.max_new_tokens, shop.config.controls.prompts).rows
+    rows = shop.rendered("heldout", r.settings.play.max_new_tokens, shop.config.controls.prompts).rows
+    return untrained(shop, rows)
 
 
 def player(shop: Workshop, folder: Path, *, r: RoundPlan) -> Counts:
