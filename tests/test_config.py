@@ -280,21 +280,6 @@ def test_betas_are_a_pair_and_not_one_per_round() -> None:
     assert {r.train.betas for r in config.rounds} == {(0.5, 0.6)}
 
 
-@pytest.mark.parametrize(
-    ("evaluate", "says"),
-    [
-        ({"best": "sampled"}, "give evaluate.verifier, or choose by gold_nll or last"),
-        ({"best": "greedy"}, "give evaluate.verifier, or choose by gold_nll or last"),
-        ({"best": "sampled", "verifier": "number", "samples": 0}, "set evaluate.samples to 1 or more"),
-    ],
-)
-def test_the_best_is_chosen_by_what_is_measured(evaluate: dict[str, Any], says: str) -> None:
-    """Else no player would have that figure, and the last one would be the best in its name."""
-    with pytest.raises(InputError, match=says):
-        loaded({"evaluate": evaluate})
-    assert loaded({"evaluate": evaluate | {"verifier": "number", "samples": 1}}).evaluate.best == evaluate["best"]
-
-
 # Overrides ------------------------------------------------------------------------------------------------------------
 
 RECIPE = {"rounds": [{"method": "sft"}, {"method": "spin", "repeat": 2}, {"method": "spin", "beta": 5.0}]}

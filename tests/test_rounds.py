@@ -130,6 +130,26 @@ def test_groups_of_another_kind_are_not_trained_on_again(
     assert api.prepare(alike).plan.rounds[1].stage("groups").inputs.keys() >= {"round_000/groups"}
 
 
+@pytest.mark.parametrize(
+    ("evaluate", "says"),
+    [
+        ({"best": "sampled"}, "give evaluate.verifier, or choose by gold_nll or last"),
+        ({"best": "greedy"}, "give evaluate.verifier, or choose by gold_nll or last"),
+        ({"best": "sampled", "verifier": "number", "samples": 0}, "set it to 1 or more, or choose by greedy"),
+    ],
+)
+def test_the_best_is_chosen_by_what_is_measured(
+    evaluate: dict[str, Any], says: str, tmp_path: Path, tiny_model: Path, tiny_data: Path
+) -> None:
+    """Else no player would have that figure, and the last one would be the best in its name."""
+    tree = recipe(tmp_path / "run", tiny_model, tiny_data, rounds=[{"method": "spin"}])
+    tree["evaluate"] = evaluate
+    code, _, err = cli("run", write_recipe(tmp_path / "r.yaml", tree))
+    assert code == 2 and says in err and len(err.splitlines()) == 1
+    tree["evaluate"] = evaluate | {"verifier": "number", "samples": 1}
+    assert api.prepare(tree).config.evaluate.best == evaluate["best"]
+
+
 def test_a_verifier_that_judges_nothing_is_named(tmp_path: Path, tiny_model: Path) -> None:
     data = write_jsonl(tmp_path / "d.jsonl", [{"prompt": f"say {i}", "completion": "yes"} for i in range(12)])
     tree = recipe(tmp_path / "run", tiny_model, data, rounds=[{"method": "exspin", "verifier": "gsm8k"}])

@@ -221,6 +221,13 @@ def configured(
             raise InputError(f"{key}: is missing; give it in the recipe, as --{key.split('.')[0]} or as {key}=…")
     if config.cluster.processes > 1 and config.model.device.startswith("cuda:"):
         raise InputError(f"model.device: {config.model.device} is one device for all processes; write cuda or auto")
+    asked = config.evaluate
+    if asked.best in ("sampled", "greedy") and not asked.verifier:
+        raise InputError(
+            f"evaluate.best: {asked.best} is a share of right answers: give evaluate.verifier, or choose by gold_nll or last"
+        )
+    if asked.best == "sampled" and not asked.samples:
+        raise InputError("evaluate.best: sampled, but evaluate.samples is 0: set it to 1 or more, or choose by greedy")
     return tree, config
 
 
