@@ -202,7 +202,7 @@ def collate(
     mask_BGT = torch.arange(max(map(max, lengths))) < torch.tensor(lengths)[..., None]
 
     def table(rows_BG: Sequence[Sequence[Sequence[Any]]], kind: torch.dtype) -> Tensor:
-        # One flat list: torch reads it several times as fast as nested ones
+        # One flat list: torch reads it twice as fast as nested ones
         flat = torch.tensor([x for group in rows_BG for row in group for x in row], dtype=kind)
         return torch.zeros(mask_BGT.shape, dtype=kind).masked_scatter_(mask_BGT, flat).to(device)
 

@@ -87,16 +87,17 @@ def library(name: str, sizes: Mapping[str, int]) -> ctypes.CDLL:
     defined = [f"-D{key}={value}" for key, value in sizes.items()]
     command = [*compiler, *_FLAGS, *_NEEDS.get(platform.machine(), ()), *defined]
     parts = (source, repr(command).encode(), _machine(), subprocess.check_output([*compiler, "--version"]))
-    file = _cache() / f"{hashlib.sha256(b'-'.join(parts)).hexdigest()[:24]}.so"
-    # A home that cannot be written to or is full, or a file that was cut off
+    made = f"{hashlib.sha256(b'-'.join(parts)).hexdigest()[:24]}.so"
+    # No home, one that cannot be written to or is full, or a file that was cut off
     with contextlib.suppress(OSError, subprocess.SubprocessError):
+        file = _cache() / made
         if not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
             _compile(command, source, file)
         return ctypes.CDLL(str(file))
     with tempfile.TemporaryDirectory(prefix="sparring_") as folder:  # what is loaded outlives its file
-        _compile(command, source, Path(folder) / file.name)
-        return ctypes.CDLL(f"{folder}/{file.name}")
+        _compile(command, source, Path(folder) / made)
+        return ctypes.CDLL(f"{folder}/{made}")
 
 
 def _compile(command: Sequence[str], source: bytes, file: Path) -> None:
@@ -113,8 +114,11 @@ def _compile(command: Sequence[str], source: bytes, file: Path) -> None:
 
 
 def _cache() -> Path:
-    # `Path.home()` is an error for a user whom the system does not know
-    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "sparring"
+    """Raises OSError for a user without a home."""
+    place = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if place.startswith("~"):
+        raise OSError("this user has no home")
+    return Path(place) / "sparring"
 
 
 def _machine() -> bytes:
