@@ -716,6 +716,9 @@ def test_the_guard_reads_none_that_is_trained_on_either(
     own = write_jsonl(tmp_path / "train.jsonl", data)
     view = sparring.run(recipe(tmp_path / "run", tiny_model, own, rounds=[{"method": "spin"}], **sections))
     assert view.rounds[0].counts["held"]["prompts"] == prompts
+    other = {"drop": "keep", "keep": "drop"}[trained]
+    touched = refused(view.path, f"evaluate.trained={other}")
+    assert any(line.startswith("round_000/held: evaluate.trained: ") for line in touched)
 
 
 def test_held_out_prompts_that_are_all_trained_on(tmp_path: Path, tiny_model: Path) -> None:

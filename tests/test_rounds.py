@@ -191,5 +191,6 @@ def test_official_questions_longer_than_the_model_are_refused_before_play(tmp_pa
     tree = recipe(tmp_path / "run", tiny_model, data, rounds=[entry])
     tree["data"] |= {"long_prompt": "keep_end", "heldout_size": 0}
     code, _, err = cli("run", write_recipe(tmp_path / "r.yaml", tree))
-    assert code == 2 and "and the released code cuts no question; lower play.max_new_tokens" in err
+    assert code == 2 and "rows.jsonl:12: its question of" in err
+    assert "and the released code cuts no question; lower play.max_new_tokens" in err
     assert not list((tmp_path / "run" / "round_000").glob("samples/*"))

@@ -243,6 +243,8 @@ def _round(
         reading = {"seed": config.seed, "round": t, "prompts": config.controls.prompts} | compute
         reading |= {k: v for k, v in prompts.items() if k != "limit"} | {"play.temperature": settings.play.temperature}
         reading |= _sampler(config)
+        if config.evaluate.trained == "keep":
+            reading["evaluate.trained"] = "keep"  # and nothing for the default: runs made before keep their keys
         by_start = words if roles["start"] in known.outside else {}
         held = Stage(f"{folder}/held", "held", reading, {"data": data.key} | player("start") | by_start)
         stages.append(held)

@@ -113,9 +113,9 @@ def play_shards(shop: Workshop, folder: Path, *, r: RoundPlan) -> int:
 def _rows(shop: Workshop, r: RoundPlan) -> Sequence[Rendered]:
     """The prompts that a round plays."""
     rows = shop.rendered("train", r.settings.play.max_new_tokens, r.settings.limit, r.method.template).rows
-    return (
-        rows if r.method.official is None else _official(shop, rows, r.method.official, r.settings.play.max_new_tokens)
-    )
+    if r.method.official is None:
+        return rows
+    return _official(shop, rows, r.method.official, r.settings.play.max_new_tokens)
 
 
 def _answers(
@@ -263,15 +263,17 @@ def _official(shop: Workshop, rows: Sequence[Rendered], official: Official, most
     context = players.context_length(model, shop.tokenizer)
     if official.max_length > context:
         raise InputError(f"max_length: {official.max_length} is more than the model's context of {context}; lower it")
-    questions = {e.id: first_round(e)[0][1].content for e in shop.examples(row.example_id for row in rows)}
-    made = [
-        replace(row, prompt=tuple(play_ids(shop.tokenizer, questions[row.example_id], bos=official.bos)))
-        for row in rows
-    ]
+    examples = {e.id: e for e in shop.examples(row.example_id for row in rows)}
+
+    def question(row: Rendered) -> tuple[int, ...]:
+        text = first_round(examples[row.example_id])[0][1].content
+        return tuple(play_ids(shop.tokenizer, text, bos=official.bos))
+
+    made = [replace(row, prompt=question(row)) for row in rows]
     longest = max(made, key=lambda row: len(row.prompt), default=None)
     if longest is not None and len(longest.prompt) + most > context:
         raise InputError(
-            f"{longest.example_id}: its question of {len(longest.prompt)} tokens and an answer of {most} are more than "
+            f"{examples[longest.example_id].source or longest.example_id}: its question of {len(longest.prompt)} tokens and an answer of {most} are more than "
             f"the model's context of {context}, and the released code cuts no question; lower play.max_new_tokens or "
             "leave such questions out of the data"
         )
