@@ -14,7 +14,16 @@ import pytest
 
 from helpers import cli, write_jsonl, write_model
 from sparring.errors import InputError
-from sparring.evaluate.alpaca import LcMin, Output, compare, lc_min, read_outputs, run_alpaca, write_outputs
+from sparring.evaluate.alpaca import (
+    LcMin,
+    Output,
+    compare,
+    lc_min,
+    read_outputs,
+    run_alpaca,
+    summary_lines,
+    write_outputs,
+)
 from sparring.evaluate.ledger import Ledger
 from sparring.play.chat import Chat, Reply
 from sparring.types import Message
@@ -287,10 +296,26 @@ def test_the_command_exports_compares_and_asks_nothing_again(tmp_path: Path, mon
     assert (code, err) == (0, "") and "win rate  50.00 ± 0.00 (n = 5)" in again
 
 
+def test_a_limit_is_of_the_data_and_the_outputs_follow(tmp_path: Path) -> None:
+    write_outputs(tmp_path / "r.json", [Output(f"q{i}", "mid", "r") for i in range(5)])
+    write_outputs(tmp_path / "o.json", [Output(f"q{i}", "longer", "p") for i in (4, 3, 2, 0)])
+    paths = tmp_path / "o.json", tmp_path / "r.json"
+    result = run_alpaca(*paths, tmp_path / "out", judge=longer, limit=3)
+    assert [row.instruction for row in read_outputs(tmp_path / "out" / "outputs.json")] == ["q2", "q0"]
+    assert (result["outputs"], result["missing"], result["wins"], result["judgements"]) == (2, 1, 2, 4)
+    assert summary_lines(result)[0] == "outputs: 2, of which 0 empty; 1 instructions have none"
+    assert run_alpaca(*paths, tmp_path / "out", judge=longer)["missing"] == 1
+    write_outputs(tmp_path / "o.json", [Output("q4", "longer", "p")])
+    with pytest.raises(
+        InputError, match=r"o\.json: has no output for the first 2 instructions of .*r\.json; raise the limit"
+    ):
+        run_alpaca(*paths, tmp_path / "out", limit=2)
+
+
 def test_without_a_judge_it_exports(tmp_path: Path) -> None:
     write_outputs(tmp_path / "o.json", ROWS)
     result = run_alpaca(tmp_path / "o.json", tmp_path / "o.json", tmp_path / "out")
-    assert result == {"benchmark": "alpaca", "player": "p", "outputs": 2, "empty": 1}
+    assert result == {"benchmark": "alpaca", "player": "p", "missing": 0, "outputs": 2, "empty": 1}
     assert read_outputs(tmp_path / "out" / "outputs.json") == ROWS
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,10 +18,14 @@ import pytest
 from helpers import cli, write_model
 from sparring.config import ModelConfig
 from sparring.errors import InputError, SparringError
+from sparring.evaluate.asking import Asked, judgements
+from sparring.evaluate.ledger import Ledger
 from sparring.judge.endpoint import Endpoint
 from sparring.judge.local import LocalJudge
 from sparring.judge.replies import agreed, identity, load_judge, rating, replies, verdict
 from sparring.play.chat import chat
+from sparring.play.server import listed
+from sparring.remote import Remote, _is_here
 from sparring.types import Message
 from test_mt_bench import bench_folder
 
@@ -267,6 +273,53 @@ def test_pauses_double_and_heed_the_server(serve: Callable[..., Server], monkeyp
     assert pauses == [0.5, 7.5, 2.0, 60.0]
 
 
+def test_a_limit_by_the_minute_is_outlasted(serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+
+    class Watched(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            pauses.append(timeout or 0.0)
+            return False
+
+    monkeypatch.setattr("sparring.remote.Event", Watched)
+    monkeypatch.setattr("random.uniform", lambda low, high: low)  # however unlucky
+    server = serve(fails(429))
+    with pytest.raises(SparringError, match=r"HTTP 429: no \(after 6 tries\)"):
+        Endpoint(server.url, "m")(HI)
+    assert pauses == [2.0, 4.0, 8.0, 16.0, 32.0] and sum(pauses) > 60
+
+
+def test_no_proxy_stands_before_this_machine(serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch) -> None:
+    nobody = serve(fails(403, "by the proxy"))
+    for name in ("HTTP_PROXY", "http_proxy"):
+        monkeypatch.setenv(name, nobody.url.removesuffix("/v1"))
+    monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:1")
+    assert endpoint(serve(says("x")))(HI) == "x" and nobody.asked == []
+    here = ("http://localhost:8000/v1", "http://127.8.0.1/v1", "http://[::1]:8000/v1", "http://LocalHost/v1")
+    away = (
+        "http://gpu7:8000/v1",
+        "https://api.openai.com/v1",
+        "http://localhost.example.org/v1",
+        "http://10.127.0.0.1/v1",
+    )
+    assert [_is_here(url) for url in (*here, *away)] == [True] * 4 + [False] * 4
+
+
+@pytest.mark.parametrize("proxy", ["socks5://127.0.0.1:1", "ftp://127.0.0.1:1"])
+def test_a_proxy_that_cannot_be_used_is_told(proxy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "socksio", None)
+    monkeypatch.setenv("ALL_PROXY", proxy)
+    with pytest.raises(
+        InputError, match=r"^endpoint http://gpu7/v1: the environment's proxy \(ALL_PROXY, .* cannot be used"
+    ):
+        Endpoint("http://gpu7/v1", "m")(HI)
+
+
+def test_a_server_that_lists_no_models_is_asked_once(serve: Callable[..., Server]) -> None:
+    """501 Unsupported method ('GET')."""
+    assert listed(Remote(serve(says("x")).url, backoff=60.0)) is None
+
+
 # Failures that stay ---------------------------------------------------------------------------------------------------
 
 
@@ -289,7 +342,27 @@ def test_a_refusal_is_not_tried_again_and_hides_the_key(
 def test_a_conversation_that_is_too_long_has_no_reply(serve: Callable[..., Server], refusal: Answer) -> None:
     server = serve(refusal)
     assert endpoint(server)(HI) is None
-    assert len(server.asked) == 1
+    assert ["max_tokens" in asked["body"] for asked in server.asked] == [True, False]
+    assert endpoint(server, max_tokens=None)(HI) is None and len(server.asked) == 3
+
+
+def test_a_reply_gets_what_room_is_left(serve: Callable[..., Server]) -> None:
+    """4096 tokens of context, 2500 of them asked: no room for 2048, but for 1596."""
+    server = serve(fails(400, "This model's maximum context length is 4096 tokens"), says("short"), says("[[7]]"))
+    talks = [(Message("user", text),) for text in ("long", "brief")]
+    assert list(endpoint(server, concurrency=1).many(talks)) == [(1, "short"), (0, "[[7]]")]
+    sent = [(asked["body"]["messages"][0]["content"], asked["body"].get("max_tokens")) for asked in server.asked]
+    assert sent == [("long", 2048), ("brief", 2048), ("long", None)]
+
+
+def test_what_a_judge_had_no_room_for_is_asked_again(serve: Callable[..., Server], tmp_path: Path) -> None:
+    server = serve(fails(413), says("[[7]]"))
+    judge, ledger, asked = endpoint(server, max_tokens=None), tmp_path / "j.jsonl", [Asked(HI, {})]
+    assert judgements(judge, asked, Ledger(ledger)) == [None]
+    assert judgements(lambda _: None, asked, Ledger(ledger)) == judgements(lambda _: None, asked, Ledger(ledger))
+    assert len(ledger.read_text().splitlines()) == 2  # a second None says nothing new
+    assert judgements(judge, asked, Ledger(ledger)) == judgements(judge, asked, Ledger(ledger)) == ["[[7]]"]
+    assert len(server.asked) == 2
 
 
 def test_a_refusal_without_content_is_an_empty_reply(serve: Callable[..., Server]) -> None:
@@ -364,6 +437,24 @@ def test_after_a_failure_what_is_under_way_is_still_given(serve: Callable[..., S
     assert len(server.asked) == 2
 
 
+def test_after_an_interrupt_what_is_under_way_is_still_given(serve: Callable[..., Server]) -> None:
+    def interrupts(handler: Handler) -> None:
+        main = threading.main_thread().ident
+        assert main is not None
+        while len(handler.server.asked) < 3:
+            time.sleep(0.01)
+        signal.pthread_kill(main, signal.SIGINT)
+        says("paid for", pause=0.3)(handler)
+
+    server = serve(interrupts, says("paid for", pause=0.6), fails(503))
+    got = []
+    with pytest.raises(KeyboardInterrupt):
+        for pair in endpoint(server, concurrency=3, backoff=60.0).many([HI] * 10):
+            got.append(pair[1])
+    assert got == ["paid for"] * 2  # and what failed is not tried again
+    assert len(server.asked) == 3
+
+
 def test_mt_bench_through_an_endpoint_that_goes_down_and_comes_back(
     serve: Callable[..., Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -412,6 +503,15 @@ def test_a_template_without_a_place_for_system_turns_gets_them_before_the_users(
         judge((Message("system", "s"),))
 
 
+def test_a_player_is_told_the_same_date_on_any_day(tmp_path: Path) -> None:
+    (tmp_path / "t.jinja").write_text(
+        "{{ strftime_now('%d %b %Y') }}|{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    )
+    folder = write_model(tmp_path / "m")
+    player = chat(ModelConfig(path=str(folder), chat_template=str(tmp_path / "t.jinja"), device="cpu", threads=1))
+    assert player._loaded.renderer.text(HI) == "01 Jan 2026|hi"
+
+
 def test_a_player_replies_as_the_sampler_does(tmp_path: Path) -> None:
     from sparring import players
     from sparring.play.hf import key, sample
@@ -447,6 +547,14 @@ def test_a_function_is_a_judge(tmp_path: Path) -> None:
     file.write_text("def judge(messages):\n    return 'x'\n")
     assert identity(load_judge(f"{file}:judge")) != before
     assert identity(rating) == "sparring.judge.replies.rating"
+    file.write_text(
+        "class Judge:\n"
+        "    def __call__(self, messages):\n        return 'one'\n"
+        "    def many(self, talks):\n        return ((i, 'many') for i in range(len(talks)))\n"
+        "judge = Judge()\n"
+    )
+    batched = load_judge(f"{file}:judge")
+    assert dict(replies(batched, [HI, HI])) == {0: "many", 1: "many"} and identity(batched).startswith("mine.py:judge@")
 
 
 def test_bad_judges(tmp_path: Path) -> None:
@@ -488,6 +596,11 @@ def test_bad_judges(tmp_path: Path) -> None:
         ("[[rating]]", None),
         ("Rating: 5", None),
         ("[[-3]]", None),
+        ('<think>The format is "Rating: [[5]]".</think>\n\nRating: [[9]]', 9.0),
+        ("[[3]] or [[4]]?</think> Rating: [6]", 6.0),  # some templates begin the thinking
+        ("<think>So [[5]]</think><think>Or [[6]]</think>[[7]]", 7.0),
+        ("<think>I tend to [[5]], but", None),
+        ("<think>[[5]]</think>", None),
         ("", None),
         (None, None),
     ],
@@ -499,7 +612,7 @@ def test_ratings(reply: str | None, value: float | None) -> None:
 @pytest.mark.parametrize(
     ("reply", "value"),
     [("so [[A]]", 1.0), ("[[B]]", 0.0), ("[[C]]", 0.5), ("[[A]] yes [[A]]", 1.0), ("[[A]] or [[B]]", None), ("[A]", None),
-     ("[[D]]", None), ("", None), (None, None)],
+     ("[[D]]", None), ("", None), (None, None), ("<think>[[A]] or [[B]]?</think>[[B]]", 0.0), ("<think>[[A]]", None)],
 )  # fmt: skip
 def test_verdicts(reply: str | None, value: float | None) -> None:
     assert verdict(reply) == value

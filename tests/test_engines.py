@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import socket
 import stat
@@ -256,7 +257,8 @@ FAULTS = {
     "none": writes(b'{"choices": []}'),
     "two": writes(b'{"choices": [{"text": "a", "finish_reason": "stop"}, {"text": "b", "finish_reason": "stop"}]}'),
     "text": choice(text=None),
-    "finish": choice(finish_reason="content_filter"),
+    "finish": choice(finish_reason="abort"),
+    "no finish": choice(finish_reason=None),
     "token": choice(token_ids=[3, "4"]),
     "slow": slow,
 }
@@ -287,6 +289,18 @@ def test_faults_that_stay_are_one_line(fault: Script, told: str, folder: Path, s
     with pytest.raises(SparringError, match=f"^endpoint {server.url}: {told}") as caught:
         completions(server, folder, retries=2).answers(PROMPTS[:1], [1], settings())
     assert str(caught.value).isprintable()
+
+
+def test_an_answer_that_the_server_stops_is_told_by_its_prompt(folder: Path, serve: Callable[..., Server]) -> None:
+    server = serve(folder)
+    server.script, server.rest = [None], choice(finish_reason="content_filter")
+    shown = completions(server, folder)._decode(PROMPTS[0])
+    told = (
+        rf"gives no answer to the prompt that ends in {re.escape(repr(shown))} \(finish_reason 'content_filter'\); take"
+    )
+    with pytest.raises(InputError, match=f"^endpoint {server.url}: {told}"):
+        completions(server, folder).answers(PROMPTS[:1], [1], settings())
+    assert len(server.asked) == 2
 
 
 def test_the_first_refusal_is_told_where_no_form_is_taken(folder: Path, serve: Callable[..., Server]) -> None:

@@ -9,8 +9,8 @@ import time
 import pytest
 
 from sparring.errors import InputError
-from sparring.evaluate.core import vote_of
-from sparring.judge.boxed import boxed, boxed_answer, canonical, last_box, symbolic
+from sparring.evaluate.core import Item, values, vote_of
+from sparring.judge.boxed import boxed, boxed_answer, canonical, expression, last_box, symbolic
 from sparring.judge.verify import final_number, load_verifier, text
 from sparring.types import Example, Message
 
@@ -122,6 +122,21 @@ def test_text_and_votes() -> None:
 
     mine.vote = str.lower  # type: ignore[attr-defined]
     assert vote_of(mine) is str.lower
+
+
+@pytest.mark.skipif(importlib.util.find_spec("math_verify") is None, reason="math-verify is not installed")
+def test_answers_to_math_vote_for_what_is_judged() -> None:
+    """Three say 5 and two 4, which is right: the majority is wrong, whether the 5 stands in a box or not."""
+    verifier, asked = load_verifier("math"), example("4")
+    for five in ("The answer is $5$", r"\boxed{5}", "It is 5.0."):
+        said = ["The answer is $5$", "The answer is $5$", five, "The answer is $4$", "4 it is"]
+        items = [
+            Item("a", "sampled", i, text, (1,), "stop", verifier(asked, text), (0.0,)) for i, text in enumerate(said)
+        ]
+        assert [item.right for item in items] == [False] * 3 + [True] * 2
+        assert values(items, "maj@5", vote_of(verifier)) == {"a": 0.0}
+    assert expression("It is $0.5$") == expression(r"so $\frac{1}{2}$") == boxed_answer(r"\boxed{2/4}") == "1/2"
+    assert expression("no number") is None
 
 
 def test_math_says_which_extra_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,18 +54,21 @@ def _alike(one: RunView, other: RunView, key: str) -> bool:
     Figures of other verifiers, scorers, temperatures or lengths do not compare, nor does a task that is told by another
     figure.
     """
+    how = _measured(one, key)
+    return how is not None and how == _measured(other, key)
+
+
+def _measured(run: RunView, key: str) -> tuple[Any, ...] | None:
+    """How a run's best player was measured by a figure; None where it was not."""
+    best = run.best_player()
+    if best is None:
+        return None
     if not key.startswith("task:"):
-        how = [(r.config.evaluate.identity(), r.config.evaluation_play.max_new_tokens) for r in (one, other)]
-        return how[0] == how[1]
+        # The verifier by its content alone, which `asked` tells
+        return run.config.evaluate.model_copy(update={"verifier": None}).identity(), asked(run, best, None)
     _, name, *named = key.split(":")
-    told = []
-    for run in (one, other):
-        best = run.best_player()
-        summary = run.tasks(best).get(name) if best is not None else None
-        if best is None or summary is None:
-            return False
-        told.append((summary["kind"], named or headline(summary), asked(run, best, name)))
-    return told[0] == told[1]
+    summary = run.tasks(best).get(name)
+    return None if summary is None else (summary["kind"], named or headline(summary), asked(run, best, name))
 
 
 def _row(run: RunView, key: str, first: dict[str, float]) -> Compared:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
@@ -21,6 +22,8 @@ T = TypeVar("T")
 Body = Mapping[str, Any]
 
 _LONGEST_PAUSE = 60.0
+_RATE_LIMITED = 4
+"""Times as long a pause where a server limits the rate, mostly by the minute: the pauses of 5 tries then outlast one."""
 _TOO_LONG = ("context_length_exceeded", "context length", "context size", "prompt is too long", "too many tokens")
 
 
@@ -33,20 +36,23 @@ class RefusedError(InputError):
 
 
 class _Transient(Exception):
-    """A failure that may pass; `after`: seconds that the server asked to wait, 0 where it did not."""
+    """A failure that may pass.
 
-    def __init__(self, problem: str, after: float = 0.0) -> None:
+    after: seconds that the server asked to wait, 0 where it did not; slower: factor of the pause where it did not.
+    """
+
+    def __init__(self, problem: str, after: float = 0.0, slower: int = 1) -> None:
         super().__init__(problem)
-        self.after = after
+        self.after, self.slower = after, slower
 
 
 @dataclass(frozen=True)
 class Remote:
     """Requests below `base_url`, tried again where the failure may pass.
 
-    May pass: no connection, a timeout, a body that breaks off or is not what was asked for, HTTP 408, 429 and 5xx.
+    May pass: no connection, a timeout, a body that breaks off or is not what was asked for, HTTP 408, 429 and 5xx but 501.
     Raises RefusedError for any other refusal (wrong key, unknown model), InputError for fields out of range,
-    SparringError where it still fails after all tries.
+    SparringError where it still fails after all tries. The environment's proxies are used, but not for this machine.
     """
 
     base_url: str
@@ -58,8 +64,8 @@ class Remote:
     retries: int = 5
     """Tries after the first."""
     backoff: float = 1.0
-    """Seconds before the second try; doubled each time, times a random 0.5 … 1. A server's Retry-After is heeded where
-    it is longer; at most 60 s either way."""
+    """Seconds before the second try; doubled each time, times a random 0.5 … 1, and four times that after a 429 without
+    Retry-After. A server's Retry-After is heeded where it is longer; at most 60 s either way."""
     concurrency: int = 4
     """Requests at a time, to each address."""
     replicas: tuple[str, ...] = ()
@@ -82,7 +88,7 @@ class Remote:
     def post(
         self, path: str, bodies: Iterable[Body], read: Callable[[Any], T], what: str
     ) -> Iterator[tuple[int, T | None]]:
-        """(index, what `read` makes of the answer) as they come; after a failure those under way are still given.
+        """(index, what `read` makes of the answer) as they come; after a failure or Ctrl-C those under way are still given.
 
         None for a request that is too long for the model. `read` raises ValueError, LookupError or TypeError for an
         answer that is not `what` (as in "a chat completion").
@@ -106,7 +112,16 @@ class Remote:
                         running[ask] = index, client
                     if not running:
                         break
-                    for done in wait(running, return_when=FIRST_COMPLETED).done:
+                    try:
+                        finished = wait(running, return_when=FIRST_COMPLETED).done
+                    except KeyboardInterrupt as interrupt:
+                        if isinstance(failure, KeyboardInterrupt):
+                            raise
+                        # The pool's end waits for them anyway, and they may be paid for
+                        failure = interrupt
+                        stop.set()
+                        continue
+                    for done in finished:
                         (index, client), error = running.pop(done), done.exception()
                         load[client] -= 1
                         if error is None:
@@ -134,7 +149,7 @@ class Remote:
             try:
                 return self._try(client, verb, path, body, read, what)
             except _Transient as failure:
-                problem, pause = failure, self.backoff * 2 ** (tried - 1) * random.uniform(0.5, 1)
+                problem, pause = failure, self.backoff * 2 ** (tried - 1) * random.uniform(0.5, 1) * failure.slower
             if tried > self.retries or stop.wait(min(_LONGEST_PAUSE, max(pause, problem.after))):
                 break
         tries = "1 try" if tried == 1 else f"{tried} tries"
@@ -153,8 +168,10 @@ class Remote:
         except httpx2.RequestError as error:
             raise _Transient(" ".join(f"{type(error).__name__} {error}".split())) from error
         status = response.status_code
-        if status == 408 or status == 429 or status >= 500:
-            raise _Transient(f"HTTP {status}: {self._words(response)}", _seconds(response.headers.get("retry-after")))
+        if status in (408, 429) or (status >= 500 and status != 501):
+            after = _seconds(response.headers.get("retry-after"))
+            slower = _RATE_LIMITED if status == 429 and not after else 1
+            raise _Transient(f"HTTP {status}: {self._words(response)}", after, slower)
         if not 200 <= status < 300:
             words = self._words(response)
             if body is not None and (status == 413 or any(sign in response.text.lower() for sign in _TOO_LONG)):
@@ -185,12 +202,19 @@ class Remote:
         import httpx2
 
         key = self._key()
-        return httpx2.Client(
-            base_url=url,
-            headers={"Authorization": f"Bearer {key}"} if key else {},
-            timeout=self.timeout,
-            limits=httpx2.Limits(max_connections=self.concurrency),
-        )
+        try:
+            return httpx2.Client(
+                base_url=url,
+                headers={"Authorization": f"Bearer {key}"} if key else {},
+                timeout=self.timeout,
+                limits=httpx2.Limits(max_connections=self.concurrency),
+                trust_env=not _is_here(url),
+            )
+        except (ImportError, ValueError) as error:
+            raise InputError(
+                f"endpoint {url}: the environment's proxy (ALL_PROXY, HTTP_PROXY, HTTPS_PROXY) cannot be used: {error}; "
+                "give one with http://, or for a SOCKS proxy pip install socksio"
+            ) from None
 
     def _words(self, response: httpx2.Response) -> str:
         """The server's own message on one line, without the key that some servers repeat."""
@@ -216,6 +240,13 @@ def _check_url(address: str) -> None:
     for part, given in (("password", url.userinfo), ("query", url.query)):
         if given:
             raise InputError(f"endpoint {url.host}: a {part} in the address would be written to files; use api_key_env")
+
+
+def _is_here(url: str) -> bool:
+    """Whether an address is this machine's own, which no proxy reaches."""
+    import httpx2
+
+    return re.fullmatch(r"localhost|127(\.\d+){3}|::1", httpx2.URL(url).host) is not None
 
 
 def _seconds(header: str | None) -> float:

@@ -210,7 +210,8 @@ def run_alpaca(
 ) -> Figure:  # fmt: skip
     """Answer the instructions of `data`, export the answers, and with a judge compare them with the outputs of `data`.
 
-    player: a player, or a file of outputs that were made before. limit: the first so many instructions. `out` gets
+    player: a player, or a file of outputs that were made before, of which with a limit those are taken whose instruction
+    is left; `missing` counts the instructions without one. limit: the first so many instructions. `out` gets
     answers.jsonl and judgements.jsonl, row by row as they come (a second run asks nothing again), outputs.json in
     AlpacaEval's format, and result.json, which is returned.
     """
@@ -227,8 +228,11 @@ def run_alpaca(
         outputs, about = export(player, rows, generator, heard, **settings)
         result |= {"player": player.identity, **settings, "answers": about}
     else:
-        outputs = read_outputs(player)[:limit]
-        result |= {"player": outputs[0].generator}
+        made, wanted = _numbered(read_outputs(player)), _numbered(rows)
+        outputs = [row for key, row in made.items() if limit is None or key in wanted]
+        if not outputs:
+            raise InputError(f"{player}: has no output for the first {limit} instructions of {data}; raise the limit")
+        result |= {"player": outputs[0].generator, "missing": len(wanted.keys() - made.keys())}
     write_outputs(out / "outputs.json", outputs)
     result |= {"outputs": len(outputs), "empty": sum(not row.output.strip() for row in outputs)}
     if judge is not None:
@@ -240,7 +244,8 @@ def run_alpaca(
 
 def summary_lines(result: Figure) -> list[str]:
     """A result in words, for the terminal."""
-    lines = [f"outputs: {result['outputs']}, of which {result['empty']} empty"]
+    missing = f"; {result['missing']} instructions have none" if result.get("missing") else ""
+    lines = [f"outputs: {result['outputs']}, of which {result['empty']} empty{missing}"]
     if "LC-min" not in result:
         return lines
     controlled = result["LC-min"]

@@ -54,16 +54,18 @@ def answers(
 def judgements(judge: Judge, asked: Sequence[Asked], ledger: Ledger) -> list[str | None]:
     """The judge's reply to every conversation, in order, None where it cannot reply; new ones are written as they come.
 
-    Equal conversations are asked once.
+    Equal conversations are asked once; those without a reply are asked again by the next command.
     """
     who = judges.identity(judge)
     keys = [key_of("judgement", who, _plain(one.messages)) for one in asked]
-    missing = list({key: i for i, key in enumerate(keys) if key not in ledger}.values())
+    # What a server had no room for, it may have when it is started with a longer context
+    missing = list({k: i for i, k in enumerate(keys) if k not in ledger or ledger[k]["reply"] is None}.values())
     with progress.shown("judgements", len(missing), "judgements") as did:
         new = judges.replies(judge, [asked[i].messages for i in missing])
         for at, reply in new:
             i = missing[at]
-            ledger.add(keys[i], judge=who, **asked[i].about, messages=_plain(asked[i].messages), reply=reply)
+            if reply is not None or keys[i] not in ledger:
+                ledger.add(keys[i], judge=who, **asked[i].about, messages=_plain(asked[i].messages), reply=reply)
             did(1, 0)
     return [ledger[key]["reply"] for key in keys]
 

@@ -62,44 +62,58 @@ def versus_players(
         rates = [{w.example_id: w.rate for w in run.rows(n, task, Win)} for run, n in ((one, player), (other, against))]
         return _shares("win_rate", *rates)
     mine, theirs = list(one.items(player, task)), list(other.items(against, task))
-    judge = how[0]["verifier"]
+    judge = one.tasks(player)[task].get("verifier") if task else one.config.evaluate.verifier
     found = versus(mine, theirs, vote=vote_of(load_verifier(judge)) if judge else None)
     if not found:
         raise InputError(
             f"players {player} and {against} were asked nothing in common; evaluate both on the same items"
         )
     if scorer is not None:
-        found = [*_wins(win_rate(scorer, _examples(one, player, task), mine, theirs)), *found]
+        found = [*_wins(win_rate(scorer, _examples(one, player, task, mine), mine, theirs)), *found]
     return found
 
 
 def asked(run: RunView, player: int, task: str | None) -> dict[str, Any]:
-    """How a player was asked and judged. Raises InputError where it was not."""
+    """How a player was asked and judged, verifiers and scorers by content. Raises InputError where it was not."""
     summary = run.tasks(player).get(task) if task else run.evaluation(player)
     if summary is None:
         what = f"`sparring eval {run.path} --player {player} --tasks {task}`" if task else f"`sparring run {run.path}`"
         raise InputError(
             f"{run.path}: player {player} has not been evaluated{f' on {task}' if task else ''}; {what} does it"
         )
-    config = run.config
-    held = {
-        "verifier": config.evaluate.verifier,
-        "temperature": config.evaluate.temperature,
-        "max_new_tokens": config.evaluation_play.max_new_tokens,
-    }
+    settings = _settings(run, player, f"tasks/{task}" if task else "eval")
+    # Wins are by the evaluation's answers
+    played = _settings(run, player, "eval") if summary.get("kind") == "wins" else settings
+    how = {"verifier": settings.get(f"{'task' if task else 'evaluate'}.verifier")}
+    how |= {"engine": played.get("evaluate.engine", "hf")}
     if not task:
-        return held
+        config = run.config
+        held = {"temperature": config.evaluate.temperature, "max_new_tokens": config.evaluation_play.max_new_tokens}
+        return how | held
     # The scorer's name, which has its folder, stands in for its identity in summaries of older versions
     scorer = summary.get("scorer_identity", summary.get("scorer"))
-    return {key: summary.get(key) for key in held} | {"scorer": scorer, "player 0": summary.get("start")}
+    how |= {key: summary.get(key) for key in ("temperature", "max_new_tokens")}
+    return how | {"scorer": scorer, "player 0": summary.get("start")}
 
 
-def _examples(run: RunView, player: int, task: str | None) -> Mapping[str, Example]:
+def _settings(run: RunView, player: int, stage: str) -> dict[str, Any]:
+    """What a stage of a player's evaluation depended on."""
+    from sparring.rundir.store import read_json
+
+    return dict(read_json(run.folder(player) / stage / "stage.json")["settings"])
+
+
+def _examples(run: RunView, player: int, task: str | None, items: Sequence[Item]) -> Mapping[str, Example]:
+    """What was asked, by id. Raises InputError where a task's file holds it no longer."""
     if task is None:
         return run.heldout
     from sparring.evaluate.tasks import read
 
-    return {example.id: example for example in read(Path(run.tasks(player)[task]["file"])).examples}
+    file = Path(run.tasks(player)[task]["file"])
+    examples = {example.id: example for example in read(file).examples}
+    if any(item.example_id not in examples for item in items):
+        raise InputError(f"{file}: has changed since player {player} did this task; evaluate it again")
+    return examples
 
 
 def _suite(one: RunView, player: int, other: RunView, against: int, task: str) -> list[Versus]:

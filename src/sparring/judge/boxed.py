@@ -3,7 +3,10 @@ r"""Answers in mathematical notation: what stands in the last `\boxed{…}`, com
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from fractions import Fraction
+from functools import lru_cache
+from typing import Any
 
 from sparring.errors import InputError
 from sparring.types import Example
@@ -82,12 +85,7 @@ def symbolic(example: Example, answer: str) -> bool | None:
     It reads LaTeX and plain expressions, boxed or at the end of a text, and compares them with sympy: ½ and 0.5, x² + 1
     and 1 + x². What takes longer than five seconds is wrong. Raises InputError without the extra `[math]`.
     """
-    try:
-        from math_verify import parse, verify
-    except ImportError:
-        raise InputError(
-            "verifier `math`: math-verify is not installed; pip install 'sparring[math]', or take `boxed` or `number`"
-        ) from None
+    parse, verify = _math_verify()
     gold = example.gold or ""
     content, rest = last_box(gold), gold.rpartition("####")[2].strip()
     # Of an expression outside of formulas math-verify takes the first number that it can find: 2 of 2x+1
@@ -98,6 +96,29 @@ def symbolic(example: Example, answer: str) -> bool | None:
     else:
         expected = parse(f"${rest}$") or parse(rest)
     return bool(verify(expected, parse(answer))) if expected else None
+
+
+@lru_cache(maxsize=4096)  # every figure of a vote asks anew
+def expression(text: str) -> str | None:
+    """What `symbolic` reads out of an answer: its last box, else its final expression, in the spelling of `canonical`.
+
+    None where there is neither. Raises InputError where it takes the extra `[math]`, which is not there.
+    """
+    content = boxed_answer(text)
+    if content is not None:
+        return content
+    found = _math_verify()[0](text)
+    return canonical(str(found[-1])) if found else None
+
+
+def _math_verify() -> tuple[Callable[..., list[Any]], Callable[..., bool]]:
+    try:
+        from math_verify import parse, verify
+    except ImportError:
+        raise InputError(
+            "verifier `math`: math-verify is not installed; pip install 'sparring[math]', or take `boxed` or `number`"
+        ) from None
+    return parse, verify
 
 
 def _gold(text: str) -> str:

@@ -16,8 +16,8 @@ from sparring.remote import Remote
 class Endpoint:
     """Replies of `POST base_url/chat/completions`, tried again where the failure may pass (`remote.Remote` says which).
 
-    A conversation that is too long for the model gets None. Raises InputError for fields out of range, and what
-    `Remote.post` raises.
+    A conversation that leaves no room for `max_tokens` is asked without them; one that is too long for the model gets
+    None. Raises InputError for fields out of range, and what `Remote.post` raises.
     """
 
     base_url: str
@@ -29,14 +29,14 @@ class Endpoint:
     temperature: float | None = 0.0
     """Sampling temperature; None leaves it out of the request, for models that refuse it."""
     max_tokens: int | None = 2048
-    """Longest reply in tokens; None leaves it out."""
+    """Longest reply in tokens, or what the context leaves; None leaves it out."""
     timeout: float = 120.0
     """Seconds without a byte before a try counts as failed."""
     retries: int = 5
     """Tries after the first."""
     backoff: float = 1.0
-    """Seconds before the second try; doubled each time, times a random 0.5 … 1. A server's Retry-After is heeded where it
-    is longer; at most 60 s either way."""
+    """Seconds before the second try; doubled each time, times a random 0.5 … 1, and four times that after a 429 without
+    Retry-After. A server's Retry-After is heeded where it is longer; at most 60 s either way."""
     concurrency: int = 4
     """Requests at a time."""
     extra: Mapping[str, Any] = field(default_factory=dict)
@@ -66,7 +66,19 @@ class Endpoint:
 
     def many(self, conversations: Sequence[Conversation]) -> Iterator[tuple[int, str | None]]:
         """(index, reply) as they come, `concurrency` at a time; after a failure those under way are still given."""
-        return self._remote.post("chat/completions", map(self._body, conversations), _content, "a chat completion")
+        bodies = [self._body(messages) for messages in conversations]
+        long = []
+        for index, reply in self._post(bodies):
+            if reply is None and "max_tokens" in bodies[index]:
+                long.append(index)
+            else:
+                yield index, reply
+        # Most servers count a reply's longest length as taken, and give what room is left where none is named
+        for at, reply in self._post([{k: v for k, v in bodies[i].items() if k != "max_tokens"} for i in long]):
+            yield long[at], reply
+
+    def _post(self, bodies: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, str | None]]:
+        return self._remote.post("chat/completions", bodies, _content, "a chat completion")
 
     def _body(self, messages: Conversation) -> dict[str, Any]:
         # A lone surrogate, which JSON files can hold, is no text that can be sent

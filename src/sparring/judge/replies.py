@@ -58,10 +58,11 @@ def load_judge(name: str, *, model: str | None = None, **settings: Any) -> Judge
 
 
 class _Named:
-    """A user's function with the hash of its file for an identity."""
+    """A user's judge with the hash of its file for an identity."""
 
     def __init__(self, judge: Judge, identity: str) -> None:
         self._judge, self.identity = judge, identity
+        self.many = getattr(judge, "many", None)
 
     def __call__(self, messages: Conversation) -> str | None:
         return self._judge(messages)
@@ -99,18 +100,28 @@ def _reply(judge: Judge, conversation: Conversation) -> str | None:
 def rating(reply: str | None, lowest: float = 1, highest: float = 10) -> float | None:
     """The number in the first `[[x]]` of a judge's reply, else in the first `[x]`; None where there is none in range.
 
-    Source: FastChat's llm_judge (both patterns, first match), which however takes numbers outside of its scale and
-    gives −1 where there is none.
+    Its thinking is left out. Source: FastChat's llm_judge (both patterns, first match), which however takes numbers
+    outside of its scale and gives −1 where there is none.
     """
-    found = _RATING.search(reply or "") or _RATING_BACKUP.search(reply or "")
+    said = _said(reply)
+    found = _RATING.search(said) or _RATING_BACKUP.search(said)
     value = float(found[1]) if found else None
     return value if value is not None and lowest <= value <= highest else None
 
 
 def verdict(reply: str | None) -> float | None:
-    """What the first answer gets by `[[A]]`, `[[B]]` or `[[C]]`: 1, 0 or ½; None unless just one of them is there."""
-    found = set(_VERDICT.findall(reply or ""))
+    """What the first answer gets by `[[A]]`, `[[B]]` or `[[C]]`: 1, 0 or ½; None unless just one of them is there.
+
+    Its thinking is left out.
+    """
+    found = set(_VERDICT.findall(_said(reply)))
     return {"A": 1.0, "B": 0.0, "C": 0.5}[found.pop()] if len(found) == 1 else None
+
+
+def _said(reply: str | None) -> str:
+    """A reply behind its thinking; nothing where the thinking never ends."""
+    said = (reply or "").rpartition("</think>")[2]
+    return "" if "<think>" in said else said
 
 
 def agreed(first: float | None, second: float | None) -> float | None:

@@ -9,7 +9,7 @@ from typing import cast
 
 from sparring import plugins
 from sparring.errors import InputError, SparringError
-from sparring.judge.boxed import boxed, boxed_answer, symbolic
+from sparring.judge.boxed import boxed, boxed_answer, expression, symbolic
 from sparring.judge.sql import sql, sql_ordered
 from sparring.nearest import nearest
 from sparring.types import Example, Verifier
@@ -104,7 +104,7 @@ VOTES: Mapping[Verifier, Callable[[str], Hashable | None]] = {
     gsm8k: final_number,
     number: last_number,
     boxed: boxed_answer,
-    symbolic: boxed_answer,
+    symbolic: expression,
 }
 """What an answer votes for where a majority decides (maj@k); a verifier of one's own says so in its attribute `vote`."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 
     from sparring.config import ModelConfig
     from sparring.prompts import Renderer
+
+_DATE = datetime(2026, 1, 1)
+"""What templates that write the date are told: a reply must not depend on the day of asking."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,7 @@ def chat(config: ModelConfig, batch_size: int = 16) -> Chat:
 
     def load() -> Loaded:
         tokenizer = load_tokenizer(config.path, revision=config.revision, trust_remote_code=config.trust_remote_code)
-        renderer = Renderer(tokenizer, config.chat_template, players.stop_ids(config.path, config))
+        renderer = Renderer(tokenizer, config.chat_template, players.stop_ids(config.path, config), _DATE)
         context = players.context_length(players.model_config(config.path, config), tokenizer)
         return Loaded(players.load_model(config.path, config), renderer, context, players.compute_dtype(config))
 

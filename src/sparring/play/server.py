@@ -28,8 +28,12 @@ Prompts = Sequence[Sequence[int]]
 _COMPLETION = "a completion"
 _OTHER_FORM = (400, 422)
 """What a server answers that does not take the form of a request."""
+_BROKEN_OFF = ("abort", "error")
+"""Reasons to finish that may pass."""
 _MOST_STOPS = 4
 """Texts at which OpenAI's protocol lets an answer stop."""
+_SHOWN = 100
+"""Characters of a prompt in a message."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ class Completions:
     ) -> list[Answer]:
         """One answer per prompt, in the order given; a key seeds the server's randomness for its answer.
 
-        Raises what `Remote.post` raises, and InputError where the server's context is too short.
+        Raises what `Remote.post` raises, and InputError where the server's context is too short or it stopped an answer.
         """
         if not prompts:
             return []
@@ -108,12 +112,18 @@ class Completions:
         raise refused
 
     def _fits(self, choice: Choice | None, prompt: Sequence[int], settings: PlayConfig) -> Choice:
-        """The choice, if the server's context was long enough for it; some say so, others cut the answer."""
+        """The choice, if the server's context was long enough for it (some say so, others cut it) and it let it end."""
         longest = settings.max_new_tokens
         if choice is None or (choice.finish == "length" and choice.tokens is not None and len(choice.tokens) < longest):
             raise InputError(
                 f"endpoint {self._remote.base_url}: a prompt of {len(prompt)} tokens and an answer of {longest} do not "
                 f"fit into its context; serve {self._model} with a longer one, or lower play.max_new_tokens"
+            )
+        if choice.finish not in ("stop", "length"):
+            asked = " ".join(self._decode(prompt).split())[-_SHOWN:]
+            raise InputError(
+                f"endpoint {self._remote.base_url}: gives no answer to the prompt that ends in {asked!r} (finish_reason "
+                f"{choice.finish!r}); take its row out of the data, or play by another engine"
             )
         return choice
 
@@ -181,7 +191,7 @@ def read(answer: Any) -> Choice:
     """The one choice of a completion. Raises ValueError, LookupError or TypeError for anything else."""
     (choice,) = answer["choices"]
     text, finish, tokens = choice["text"], choice["finish_reason"], choice.get("token_ids")
-    if not isinstance(text, str) or finish not in ("stop", "length"):
+    if not isinstance(text, str) or not isinstance(finish, str) or finish in _BROKEN_OFF:
         raise TypeError
     if tokens is not None and not all(type(token) is int and token >= 0 for token in tokens):
         raise TypeError
