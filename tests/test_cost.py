@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from helpers import cli, recipe, write_recipe
+from helpers import cli, recipe, write_jsonl, write_recipe
 from sparring import batching, cost, methods, spans, tree
 from sparring.config import ModelConfig, TrainConfig
 from sparring.cost import KNOWN, Hardware, Shape, Texts, memory, shape_of, texts, work
@@ -387,12 +387,14 @@ def test_what_would_make_it_fit_makes_it_fit() -> None:
     source = RECIPES / "spin_zephyr7b.yaml"
     found = cost.plan(source, hardware="1xA100-80G")
     assert {c.name for c in found.estimate.misfits} == {"player"} and not found.together
-    assert [r.setting for r in found.remedies] == ["model.lora_rank=16", "--hardware 2xA100-80G", "--hardware 1xH200"]
+    two = "--hardware 2xA100-80G cluster.processes=2"
+    assert [r.setting for r in found.remedies] == ["model.lora_rank=16", two, "--hardware 1xH200"]
     for remedy in found.remedies:
-        option, _, value = remedy.setting.partition(" ")
-        hardware, given = (value, []) if value else ("1xA100-80G", [option])
+        words = remedy.setting.split()
+        hardware, given = (words[1], words[2:]) if words[0] == "--hardware" else ("1xA100-80G", words)
         again = cost.plan(source, given, hardware=hardware)
         assert not again.estimate.misfits and again.estimate.seconds == remedy.seconds
+        assert not any("cluster.processes" in note for note in again.estimate.notes)
     two = cost.plan(RECIPES / "spin_qwen7b_1gpu.yaml", ["model.path=Qwen/Qwen2.5-14B"], hardware="1xH100")
     assert two.together and two.remedies and all("--hardware" in r.setting and "=" in r.setting for r in two.remedies)
     none = cost.plan(RECIPES / "spin_tulu70b.yaml", WHOLE, hardware="1xA100-80G")
@@ -408,7 +410,8 @@ def test_players_in_shards_make_70b_fit() -> None:
     found = cost.plan(source, WHOLE, hardware="16xH100")
     assert {c.name for c in found.estimate.misfits} == {"samples", "frozen", "held", "eval"} and not found.together
     (remedy,) = found.remedies
-    settings = "cluster.players=sharded play.engine=vllm evaluate.engine=vllm engine.tensor_parallel=2"
+    settings = "cluster.players=sharded play.engine=vllm evaluate.engine=vllm engine.tensor_parallel=2 "
+    settings += "cluster.processes=16"  # the recipe has 32
     assert remedy.setting == settings and remedy.note == "vLLM samples"
     again = cost.plan(source, settings.split(), hardware="16xH100").estimate
     assert not again.misfits and again.seconds == remedy.seconds
@@ -468,6 +471,112 @@ def test_engines_share_one_machine_and_servers_none() -> None:
     short = cost.plan(source, ["engine.arguments=[--max-model-len, '600']"], hardware="16xH100", **tied).estimate
     held = [next(c for c in e.costs if c.name == "samples").memory["keys and values"] for e in (two, short)]
     assert held[0] == held[1]  # 64 sequences of 456 tokens are more than one of 8192
+    one = [["engine.parallel=1"], *(["engine.parallel=1", f"engine.arguments={words}"] for words in LENGTHS)]
+    alone = [cost.plan(source, given, hardware="16xH100", **tied).estimate.costs for given in one]
+    held = [next(c for c in costs if c.name == "samples").memory["keys and values"] for costs in alone]
+    assert held[1] == held[2] == held[0] * 600 / KNOWN["allenai/tulu-2-70b"].context
+    with pytest.raises(
+        InputError, match=r"^engine.replicas: 3: a machine of 16xH100 has 8 for 3 of 4 each; lower it, or"
+    ):
+        cost.plan(source, ["engine.replicas=3"], hardware="16xH100")
+
+
+LENGTHS = ("[--max-model-len, '600']", "[--max-model-len=600]")
+
+
+def test_as_many_processes_as_devices_are_planned_for() -> None:
+    source = RECIPES / "spin_zephyr7b.yaml"
+    note = "planned for one process per device: cluster.processes=8 makes it so"
+    plain, told = (
+        cost.plan(source, given, hardware="8xH200").estimate
+        for given in (["cluster.cpu_offload=true"], ["cluster.processes=8"])
+    )
+    assert note in plain.notes and note not in told.notes and plain.seconds == told.seconds
+    assert "not counted: cluster.cpu_offload" in plain.notes and "not counted: cluster.cpu_offload" not in told.notes
+
+
+def test_shards_are_what_devices_share() -> None:
+    """500 held-out prompts are eight shards of 64, 200 groups eight of 25: eight devices take an eighth of the time."""
+    shape, given = KNOWN["Qwen/Qwen2.5-0.5B"], replace(ONE, heldout=500)
+
+    def costs(count: int, **play: Any) -> dict[str, cost.Cost]:
+        found = configured({"method": "spin"}, play={"samples": 2, "chunk": 25} | play)
+        said = cost.estimate(found, stages(found), shape, given, parse(f"{count}xA100-80G"))
+        return {c.folder: c for c in said.costs}
+
+    one, eight, wide = costs(1), costs(8), costs(1, batch_size=256)
+    for folder in ("start/eval", "round_000/eval"):
+        assert one[folder].seconds == pytest.approx(8 * eight[folder].seconds)
+    scored = {n: c["round_000/frozen"] for n, c in ((1, one), (8, eight))}
+    written = scored[1].disk / 1e9  # by all, at the same assumed rate
+    assert scored[1].seconds - written == pytest.approx(8 * (scored[8].seconds - written))
+    # No more than a shard's prompts are answered at a time
+    assert wide["start/eval"].memory["keys and values"] == one["start/eval"].memory["keys and values"]
+
+
+@pytest.mark.parametrize(
+    ("entry", "groups"),
+    [
+        ({"method": "exspin", "verifier": "gsm8k", "right": "drop"}, 50),
+        ({"method": "dpo", "pairs": "verified", "verifier": "gsm8k"}, 50),  # gold against wrong
+        ({"method": "sppo"}, 0),
+    ],
+    ids=lambda v: str(v.get("method")) if isinstance(v, dict) else "",
+)
+def test_one_answer_a_prompt_is_right_for_every_other(entry: dict[str, Any], groups: int) -> None:
+    """Of 100 prompts; where nothing is left to train on that is said."""
+    found = configured(entry, play={"samples": 1})
+    assert sum(item.weight for item in texts.groups(stages(found).rounds[0], ONE)) == pytest.approx(groups)
+
+    def planned() -> Any:
+        return cost.estimate(found, stages(found), KNOWN["Qwen/Qwen2.5-0.5B"], ONE, parse("1xA100-80G"))
+
+    if groups:
+        assert planned().costs
+        return
+    told = (
+        rf"^play.samples: 1: so few answers a prompt give {entry['method']} nothing to train on in round_000; raise it$"
+    )
+    with pytest.raises(InputError, match=told):
+        planned()
+
+
+def test_answers_that_came_with_the_data_are_not_played() -> None:
+    """Of 100 prompts a half has one: 50 are played and 50 scored in round 0, 100 are played in round 1."""
+    shape, hardware = KNOWN["Qwen/Qwen2.5-0.5B"], parse("1xA100-80G")
+    found = configured(
+        {"method": "spin", "repeat": 2}, model={"path": "Qwen/Qwen2.5-0.5B", "compute": "float32"}, play={"samples": 1}
+    )
+    played, half, whole = (
+        {c.folder: c for c in cost.estimate(found, stages(found), shape, replace(ONE, generated=g), hardware).costs}
+        for g in (0.0, 0.5, 1.0)
+    )
+    score = work.forward(shape, work.rows([Item(200, (256,))]))
+    samples = [costs["round_000/samples"] for costs in (played, half, whole)]
+    assert samples[2].flops == pytest.approx(100 * score)
+    assert samples[1].flops == pytest.approx((samples[0].flops + samples[2].flops) / 2)
+    assert samples[0].tokens == samples[1].tokens == 100 * (200 + 256)
+    assert half["round_001/samples"] == played["round_001/samples"]
+    # They are nobody's, so that the frozen stage scores them beside the gold ones
+    assert [c["round_000/frozen"].tokens for c in (played, half)] == [100 * (200 + 299), 100 * (200 + 299 + 255)]
+    said = cost.estimate(found, stages(found), shape, replace(ONE, generated=0.5), hardware)
+    assert "round_000: 50% of the prompts came with their answer" in said.notes
+    sft = configured({"method": "sft"}, {"method": "sppo"}, play={"samples": 2})
+    said = cost.estimate(sft, stages(sft), shape, replace(ONE, generated=0.5), hardware)
+    assert not any("came with" in note for note in said.notes)
+
+
+def test_a_guard_reads_up_to_twice_as_often_in_a_short_round() -> None:
+    """39 steps are checked one by one where twenty checks are wanted, as training does; 40 every second one."""
+    shape, hardware = KNOWN["Qwen/Qwen2.5-0.5B"], parse("1xA100-80G")
+
+    def player(checks: int, **train: Any) -> cost.Cost:
+        found = configured({"method": "spin"}, controls={"checks": checks}, train={"batch_size": 1} | train)
+        return next(c for c in cost.estimate(found, stages(found), shape, ONE, hardware).costs if c.name == "player")
+
+    assert player(20, max_steps=39).flops == player(39, max_steps=39).flops > player(13, max_steps=39).flops
+    assert player(20, max_steps=40).flops < player(40, max_steps=40).flops
+    assert player(20, epochs=2, stop_epoch=6) == player(20, epochs=2)
 
 
 def test_smaller_batches_are_offered_before_anything_that_changes_results() -> None:
@@ -530,6 +639,8 @@ def test_bad_input_is_told_in_a_line(tmp_path: Path, tiny_model: Path) -> None:
     code, _, err = cli("plan", source, "model.path=Qwen/Qwen2.5-7B-Instrukt")
     assert code == 2 and "models such as Qwen/Qwen2.5-7B-Instruct" in err
     assert err.count("\n") == 1
+    code, _, err = cli("plan", source, "model.compute=float64")
+    assert code == 2 and "model.compute: float64: a plan counts float32 and bfloat16 only" in err
 
 
 def test_the_command_shows_stages_and_what_fits() -> None:
@@ -543,14 +654,35 @@ def test_the_command_shows_stages_and_what_fits() -> None:
     assert sum(stage["seconds"] for stage in told["stages"]) == pytest.approx(told["seconds"])
 
 
+def test_what_does_not_fit_is_marked() -> None:
+    """Also where a vLLM has less of a device than the device has."""
+    from rich.console import Console
+
+    from sparring.views.cost import plan as shown
+
+    given = ["engine.gpu_memory=0.3", "cluster.processes=16"]
+    found = cost.plan(RECIPES / "spin_tulu70b.yaml", given, hardware="16xH100")
+    console = Console(width=200)
+    with console.capture() as out:
+        console.print(shown(found))
+    lines = [line for line in out.get().splitlines() if "✗" in line]
+    assert [set(line.split()) & {"samples", "held", "eval"} for line in lines] == [
+        {"eval"}, {"samples"}, {"held"}, {"eval"}
+    ]  # fmt: skip
+    assert "does not fit: eval, samples, held" in out.get()
+
+
 def test_lengths_are_the_datas_where_it_is_here(tmp_path: Path, tiny_model: Path, tiny_data: Path) -> None:
     """Sixteen sums, four held out; characters are tokens."""
     path = write_recipe(tmp_path / "r.yaml", recipe(tmp_path / "run", tiny_model, tiny_data))
     said = cost.plan(path, sample_tokens=5).estimate
-    assert (said.texts.train, said.texts.heldout) == (12, 4)
+    assert (said.texts.train, said.texts.heldout, said.texts.generated) == (12, 4, 0)
     assert all(prompt > 15 and gold > 15 for prompt, gold in said.texts.rows)
     played = next(c for c in said.costs if c.name == "samples")
     assert played.tokens == pytest.approx(12 * 5 + sum(prompt for prompt, _ in said.texts.rows))
+    sums = [json.loads(line) for line in tiny_data.read_text().splitlines()]
+    other = write_jsonl(tmp_path / "played.jsonl", [row | {"generated": "none"} for row in sums])
+    assert cost.plan(path, [f"data.path={other}"]).estimate.texts.generated == 1
 
 
 @pytest.mark.parametrize("rank", [0, 4])
@@ -585,6 +717,33 @@ def test_calibration_on_a_gpu() -> None:
 def test_calibration_needs_the_hardware_itself() -> None:
     code, _, err = cli("plan", RECIPES / "spin_qwen05b_1gpu.yaml", "--hardware", "1xH200", "--calibrate")
     assert code == 2 and "no CUDA device here" in err
+
+
+@pytest.mark.parametrize(
+    ("device", "name", "gib", "same"),
+    [
+        ("H200", "NVIDIA H200", 139.8, True),
+        ("A100-80G", "NVIDIA A100-SXM4-80GB", 79.2, True),
+        ("A100-40G", "NVIDIA A100-PCIE-40GB", 39.5, True),
+        ("RTX4090", "NVIDIA GeForce RTX 4090", 23.6, True),
+        ("L40S", "NVIDIA L40S", 44.4, True),
+        ("A100-40G", "NVIDIA A100-SXM4-80GB", 79.2, False),
+        ("H100", "NVIDIA H200", 139.8, False),
+        ("H100", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", 9.8, False),
+        ("RTX3090", "NVIDIA GeForce RTX 4090", 23.6, False),
+        ("A10", "NVIDIA A10G", 22.0, False),
+    ],
+)
+def test_calibration_is_of_the_gpu_that_is_planned_for(device: str, name: str, gib: float, same: bool) -> None:
+    from sparring.cost.calibrate import check
+
+    if same:
+        check(DEVICES[device], name, gib * 2**30)
+        return
+    with pytest.raises(
+        InputError, match=rf"^--calibrate: this machine's GPU is {name} with \d+ GiB, not {device}; give"
+    ):
+        check(DEVICES[device], name, gib * 2**30)
 
 
 def test_time_is_work_over_rates() -> None:

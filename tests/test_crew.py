@@ -21,13 +21,16 @@ import pytest
 import sparring
 from helpers import recipe, write_recipe
 from rundirs import records
+from sparring import api
 from sparring.config import TrackConfig
 from sparring.crew import FOLDER, SAID, Claims, Crew, Rank, of_environment
+from sparring.errors import SparringError
 from sparring.evaluate import Item
 from sparring.member import opened
 from sparring.progress import Live, Progress, combined
 from sparring.rundir.store import Rows, write_shards
 from sparring.rundir.view import RunView
+from sparring.sharing import PARTS, PLAY, SCORE
 from sparring.types import Frozen, Group, Player, Sample
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds processes by /proc")
@@ -150,6 +153,28 @@ def test_a_lost_process_ends_a_run_that_one_goes_on_with(
     check_same(tmp_path / "run", alone)
 
 
+@pytest.mark.cluster
+def test_nothing_is_held_out_and_a_launcher_misses_nobody(tmp_path: Path, tiny_model: Path, tiny_data: Path) -> None:
+    """A member that is killed under a launcher that goes on ends the run; again, it comes to its end."""
+    (tmp_path / "launch.py").write_text(CARELESS)
+    given = tree(tmp_path / "run", tiny_model, tiny_data, 2)
+    given |= {"rounds": [{"method": "spin"}], "data": given["data"] | {"heldout_size": 0}}
+    given["cluster"] |= {"launcher": f"{sys.executable} {tmp_path / 'launch.py'}"}
+    program = Program(given, tmp_path)
+    program.wait_for(lambda: list((tmp_path / "run" / "round_000" / "train" / "state").glob("0*")))
+    os.kill(everywhere(tmp_path / "run")[1], signal.SIGKILL)
+    assert program.end() == 1
+    (line,) = [line for line in program.said().splitlines() if "nothing written is lost" in line]
+    assert "round_000/player: process " in line and " of 2 was lost" in line
+    until = time.monotonic() + 20
+    while everywhere(tmp_path / "run"):
+        assert time.monotonic() < until, "a process outlived its run"
+        time.sleep(0.05)
+    program = Program(given, tmp_path)
+    assert program.end() == 0, program.said()
+    assert RunView(tmp_path / "run").evaluation(1) == {"n": 0}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 4])
 def test_a_run_of_several_processes_is_that_of_one(
@@ -160,6 +185,14 @@ def test_a_run_of_several_processes_is_that_of_one(
     check_same(tmp_path / "run", alone)
 
 
+CARELESS = """
+import os, subprocess, sys
+for n in ("0", "1"):
+    own = {"RANK": n, "WORLD_SIZE": "2", "LOCAL_RANK": n, "LOCAL_WORLD_SIZE": "2"}
+    subprocess.Popen(sys.argv[1:], env=os.environ | own)
+sys.stdin.read()
+"""
+"""A launcher that does not look after its processes."""
 NODES = """
 import socket, subprocess, sys
 with socket.socket() as probe:
@@ -260,6 +293,44 @@ def test_one_device_is_refused_for_several_processes(tmp_path: Path, tiny_model:
         sparring.run(given)
 
 
+def test_a_launcher_for_one_process_is_refused(tmp_path: Path, tiny_model: Path, tiny_data: Path) -> None:
+    given = tree(tmp_path / "run", tiny_model, tiny_data, 1)
+    given["cluster"] |= {"launcher": "srun"}
+    told = r"^cluster\.launcher: starts nothing while cluster\.processes is 1; set that, or cluster\.launcher=null$"
+    with pytest.raises(sparring.InputError, match=told):
+        sparring.run(given)
+
+
+def test_a_supervisor_without_a_gpu_is_told_the_precision(
+    tmp_path: Path, tiny_model: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a run by GPUs would be one in float32."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    given = tree(tmp_path / "run", tiny_model, tiny_data, 2)
+    given["cluster"] |= {"launcher": "srun"}
+    for device in ("auto", "cuda"):
+        given["model"] |= {"compute": "auto", "device": device}
+        with pytest.raises(sparring.InputError, match=r"^model\.compute: auto: there is no GPU here to tell it by"):
+            api.prepare(given)
+    for known, compute in (({"device": "cpu"}, "float32"), ({"device": "auto", "compute": "bfloat16"}, "bfloat16")):
+        given["model"] |= known
+        assert api.prepare(given).config.model.compute == compute
+
+
+@pytest.mark.parametrize("name", ["", PLAY, SCORE])
+def test_a_process_has_no_part_in_an_evaluation_of_nothing(
+    name: str, tmp_path: Path, tiny_model: Path, tiny_data: Path
+) -> None:
+    given = tree(tmp_path / "run", tiny_model, tiny_data, 1)
+    given |= {"rounds": [{"method": "sft"}], "data": given["data"] | {"heldout_size": 0}}
+    run = sparring.run(given).path
+    assert json.loads((run / "start" / "eval" / "summary.json").read_text()) == {"n": 0}
+    place = tmp_path / "eval"
+    place.mkdir()
+    PARTS["eval"][name](opened(run, Rank(0, 1, 0)), place, number=0)
+    assert not list(place.iterdir())
+
+
 def test_who_claims_a_shard_alone_makes_it(tmp_path: Path) -> None:
     """Two processes' claims on four shards: each is made once, and one that another holds is left out."""
     place = tmp_path / "run" / "rows"
@@ -285,6 +356,42 @@ def test_who_claims_a_shard_alone_makes_it(tmp_path: Path) -> None:
     other.communicate()
     assert write_shards(place, Player, jobs, claim=claims) == 4  # type: ignore[arg-type]
     assert made == [0, 1, 3, 2]
+
+
+FORGETFUL = """
+import os, sys, time
+from pathlib import Path
+from sparring.crew import present
+if os.fork() == 0:
+    here = [present(Path(sys.argv[-1])).hold(n) for n in (0, 1)]
+    Path(sys.argv[1]).touch()
+    time.sleep(1)
+    os.kill(os.getpid(), 9)
+sys.stdin.read()
+"""
+"""A launcher that goes on when its processes were killed."""
+
+
+def test_a_process_that_its_launcher_does_not_miss(tmp_path: Path) -> None:
+    (tmp_path / "launch.py").write_text(FORGETFUL)
+    crew = Crew(tmp_path, 2, f"{sys.executable} {tmp_path / 'launch.py'} {tmp_path / 'there'}", None)
+    try:
+        with pytest.raises(SparringError, match=r"^stage: process 0 of 2 was lost; .*its log is .*launcher\.log$"):
+            crew.do("stage", "", 1, Progress(terminal=False))
+        assert (tmp_path / "there").exists()
+    finally:
+        crew.close()
+
+
+def test_processes_share_the_cores_that_are_theirs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six of a host's 64: three each for two."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)))
+    given: list[str] = []
+    monkeypatch.setattr(Crew, "_begun", lambda self, command, name, own: given.append(own["OMP_NUM_THREADS"]))
+    Crew(tmp_path, 2, None, None)._start()
+    assert given == ["3", "3"]
 
 
 def test_progress_of_several_is_told_as_one() -> None:

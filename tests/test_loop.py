@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from sparring.logps import score
 from sparring.rundir.store import Rows
 from sparring.rundir.view import RunView
 from sparring.types import Frozen, Group, Message, Sample
+from sparring.workshop import Workshop
 
 
 def rescored(view: RunView, number: int, groups: list[Group]) -> list[tuple[tuple[float, ...], ...]]:
@@ -144,6 +147,30 @@ def test_gold_only_leaves_them_out(tiny_model: Path, tmp_path: Path) -> None:
     )
     view = sparring.run(tree)
     assert {s.player for s in view.rounds[0].rows("samples", Sample)} == {view.players[0].sha}
+
+
+def test_nothing_of_a_run_stays_in_memory(
+    tiny_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not the model that was used last, though whoever started the run keeps its workshop."""
+    shops: list[Workshop] = []
+    models: list[weakref.ref[Any]] = []
+    read = Workshop._read
+
+    def noted(self: Workshop, path: str, config: Any) -> Any:
+        model = read(self, path, config)
+        models.append(weakref.ref(model))
+        shops.append(self)
+        return model
+
+    monkeypatch.setattr(Workshop, "_read", noted)
+    sparring.run(recipe(tmp_path / "run", tiny_model, tiny_data, rounds=[{"method": "sft"}]))
+    gc.collect()
+    assert models and not any(model() for model in models)
+    gone = [weakref.ref(shop) for shop in shops]
+    shops.clear()
+    gc.collect()
+    assert not any(shop() for shop in gone)
 
 
 def test_limit_takes_the_first_examples_of_the_shuffle(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:

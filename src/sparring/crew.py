@@ -17,13 +17,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import IO, TYPE_CHECKING, Any, NoReturn
 
-from sparring import errors, progress
+from sparring import errors, progress, threads
 from sparring.errors import InputError, SparringError
 
 if TYPE_CHECKING:
@@ -87,6 +87,17 @@ class Claims:
             else:
                 yield True
 
+    def hold(self, number: int) -> IO[bytes]:
+        """Wait for a shard, which is this process's as long as the file that this returns is open."""
+        stream = self._file.open("ab")
+        fcntl.lockf(stream, fcntl.LOCK_EX, 1, number)
+        return stream
+
+
+def present(run: Path) -> Claims:
+    """Who is there: process n holds number n as long as it lives."""
+    return Claims(run, run / "present")
+
 
 def progress_file(run: Path, number: int) -> Path:
     """Where a process tells how far it is."""
@@ -139,6 +150,8 @@ class Crew:
         self._started: list[subprocess.Popen[bytes]] = []
         """The processes, or their launcher alone."""
         self._orders, self._given = Orders(run), 0
+        self._met: set[int] = set()
+        """Those of a launcher's processes that have been there."""
         self._failed = False
 
     def do(
@@ -177,7 +190,7 @@ class Crew:
             shutil.rmtree(self._run / FOLDER, ignore_errors=True)
 
     def _start(self) -> None:
-        self._said = 0
+        self._said, self._met = 0, set()
         place = self._run / FOLDER
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir()
@@ -186,10 +199,10 @@ class Crew:
         if self._launcher is not None:
             self._started.append(self._begun([*shlex.split(self._launcher), *member], "launcher", {}))
             return
-        threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // self.size))}
+        each = {"OMP_NUM_THREADS": str(max(1, threads.allowed() // self.size))}
         for n in range(self.size):
             rank = {"RANK": n, "WORLD_SIZE": self.size, "LOCAL_RANK": n, "LOCAL_WORLD_SIZE": self.size}
-            own = threads | dict(os.environ) | {name: str(value) for name, value in rank.items()}
+            own = each | dict(os.environ) | {name: str(value) for name, value in rank.items()}
             self._started.append(self._begun(member, str(n), own))
 
     def _begun(self, command: Sequence[str], name: str, variables: Mapping[str, str]) -> subprocess.Popen[bytes]:
@@ -226,7 +239,7 @@ class Crew:
                 break
             shown.follow([live for file in files if (live := progress.read(file)) is not None])
             failed = any("counts" not in reply for reply in replies.values())
-            if failed or any(process.poll() is not None for process in self._started):
+            if failed or any(process.poll() is not None for process in self._started) or self._lost(replies):
                 until = min(until, now + _SETTLE)
             if now >= told:
                 tell()
@@ -236,6 +249,21 @@ class Crew:
         for file in files:
             file.unlink(missing_ok=True)
         return replies
+
+    def _lost(self, known: Collection[int]) -> list[int]:
+        """Those of a launcher's processes, but for the known ones, that have ended: a launcher need not tell."""
+        if self._launcher is None:
+            return []
+        self._met.update(known)
+        lost, there = [], present(self._run)
+        for n in range(self.size):
+            if n not in known:
+                with there(n) as free:
+                    if not free:
+                        self._met.add(n)
+                    elif n in self._met:
+                        lost.append(n)
+        return lost
 
     def _fail(self, stage: str, replies: Mapping[int, Mapping[str, Any]]) -> NoReturn:
         """A process that was killed is the cause of the others' errors."""
@@ -247,9 +275,10 @@ class Crew:
                 kind, message = reply["error"]
                 raise getattr(errors, kind, SparringError)(message)
         bad = [n for n, reply in replies.items() if "counts" not in reply]
-        n = (killed or sorted(codes) or bad)[0]
-        who = f"process {n} of {self.size}" if self._launcher is None else f"`{self._launcher}`"
-        how = f"was killed ({signal.Signals(-codes[n]).name})" if killed else "failed"
+        lost = [] if codes else self._lost(bad)
+        n = (killed or sorted(codes) or lost or bad)[0]
+        who = f"process {n} of {self.size}" if self._launcher is None or lost else f"`{self._launcher}`"
+        how = f"was killed ({signal.Signals(-codes[n]).name})" if killed else "was lost" if lost else "failed"
         file = self._run / FOLDER / f"{'launcher' if self._launcher is not None else n}.log"
         raise SparringError(
             f"{stage}: {who} {how}; nothing written is lost: the same command goes on, also with another "

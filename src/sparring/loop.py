@@ -41,9 +41,7 @@ def telling(shop: Workshop) -> Iterator[None]:
         yield
         write_cards(RunView(shop.run.path))
     finally:
-        shop.crew.close()
-        shop.progress.close()
-        shop.trackers.close()
+        shop.close()
 
 
 def _advance(shop: Workshop, only: Collection[str] | None) -> None:

@@ -75,6 +75,7 @@ def main(run: Path) -> None:
     logger = logging.getLogger("sparring")
     logger.setLevel(logging.INFO)
     logger.addHandler(_Said(run / crew.FOLDER / crew.SAID) if rank.number == 0 else logging.NullHandler())
+    _here = crew.present(run).hold(rank.number)
     orders, shop = crew.Orders(run), None
     since = time.monotonic()
     while True:

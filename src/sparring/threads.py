@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -21,6 +22,11 @@ WORTH = 0.05
 
 FILE = "threads.json"
 """What was found, in a run's folder: a run that goes on computes with as many, so its results repeat to the bit."""
+
+
+def allowed() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @cache

@@ -49,6 +49,8 @@ class Workshop:
         self._models: dict[str, tuple[str, nn.Module]] = {}
         """Content hash to that of the whole model whose weights it holds, and the model."""
         self._team: Team | None = None
+        # A method's own cache would hold every workshop
+        self.rendered = lru_cache(maxsize=4)(self._rendered)
 
     @cached_property
     def progress(self) -> Progress:
@@ -140,7 +142,8 @@ class Workshop:
             figure = self.config.evaluate.best if self.config.evaluate.best_task else "n"
             if best is None or any(e is None or figure not in e for e in view.evaluations(upto=r.t).values()):
                 raise InputError(
-                    f"{r.folder}: its {role} is `best`, but a player is not evaluated yet; do `sparring eval` first"
+                    f"{r.folder}: its {role} is `best`, but a player is not evaluated yet; do `sparring eval` of the "
+                    f"rounds before, or `sparring run {self.run.path}`"
                 )
             who = best
         if isinstance(who, int):
@@ -199,6 +202,13 @@ class Workshop:
         else:
             self._models[sha] = (sha, model)
 
+    def close(self) -> None:
+        """End what looks on and what shares the work, and hold no weights."""
+        self.crew.close()
+        self.progress.close()
+        self.trackers.close()
+        self._models.clear()
+
     def free(self) -> None:
         """Hold no weights: whatever is asked for is loaded anew, and other processes have the memory."""
         import gc
@@ -229,7 +239,19 @@ class Workshop:
             self._models[player.sha] = (base.sha, model.requires_grad_(False))
         else:
             self._make_room()
-            self._models[player.sha] = (player.sha, self._read(player.path, self.settings_of(player)))
+            model = self._read(player.path, self.settings_of(player))
+            if player.round is not None:
+                self._check_trainable(model)
+            self._models[player.sha] = (player.sha, model)
+
+    def _check_trainable(self, model: Any) -> None:
+        """Raises InputError where rounds are to recompute activations, which not every model can: told before they play."""
+        wanted = any(r.train.gradient_checkpointing for r in self.config.rounds)
+        if wanted and not model.supports_gradient_checkpointing:
+            raise InputError(
+                f"train.gradient_checkpointing: {type(model).__name__} cannot recompute activations; set it to false and "
+                "lower train.micro_tokens instead"
+            )
 
     def _read(self, path: str, config: ModelConfig) -> nn.Module:
         """A whole model from its files; the first one of a process is timed where the number of threads is to be found."""
@@ -291,8 +313,7 @@ class Workshop:
         """Precision of forward passes."""
         return players.compute_dtype(self.config.model)
 
-    @lru_cache(maxsize=4)  # noqa: B019 -- a workshop lives as long as the run it drives
-    def rendered(
+    def _rendered(
         self, part: str, max_new_tokens: int, limit: int | None, template: str | None = None
     ) -> prompts.Rendering:
         """The first `limit` examples of `train` or `heldout` as token ids."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from sparring.config import Config, ModelConfig
 from sparring.cost import work
 from sparring.cost.estimate import uses_bf16
-from sparring.cost.hardware import Hardware, Rates
+from sparring.cost.hardware import GIB, Device, Hardware, Rates
 from sparring.cost.memory import Where
 from sparring.cost.shapes import Shape
 from sparring.cost.texts import Texts
@@ -33,6 +34,8 @@ _MOST_WEIGHTS = 3e8
 _SECONDS, _ALL = 4.0, 40.0
 """Of one figure's repetitions, and after which none is repeated any more."""
 _STEPS = 8
+_APART = 0.1
+"""Share of its memory by which a GPU may differ from the table: what it keeps for itself."""
 _WRITTEN = 2**25
 
 
@@ -44,6 +47,9 @@ def measure(config: Config, shape: Shape, given: Texts, hardware: Hardware) -> R
     from sparring.players import device_of
 
     device = device_of(config.model.model_copy(update={"device": "cuda" if hardware.device.cuda else "cpu"}))
+    if hardware.device.cuda:
+        here = torch.cuda.get_device_properties(device)
+        check(hardware.device, here.name, here.total_memory)
     if isinstance(config.model.threads, int):
         torch.set_num_threads(config.model.threads)
     bf16 = uses_bf16(config, hardware)
@@ -73,6 +79,17 @@ def measure(config: Config, shape: Shape, given: Texts, hardware: Hardware) -> R
     own = 2 * (machine.matrices + small.head) + 4 * small.queries * small.layers * (prompt + _STEPS)
     disk = _disk(Path(config.run))
     return Rates(learned, scored, own / row, machine.read / fixed, updated, 0.0, disk, measured=True)
+
+
+def check(device: Device, name: str, memory: float) -> None:
+    """Raises InputError where a GPU, by what it says of itself, is another one than `device`."""
+    model = device.name.partition("-")[0]
+    alike = re.search(rf"\b{model}\b", name.replace("RTX ", "RTX"))
+    if not alike or abs(memory / device.memory - 1) > _APART:
+        raise InputError(
+            f"--calibrate: this machine's GPU is {name} with {memory / GIB:.0f} GiB, not {device.name}; give it as "
+            "--hardware, or leave out --calibrate"
+        )
 
 
 def _items(given: Texts, most: int) -> list[Item]:

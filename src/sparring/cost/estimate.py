@@ -16,7 +16,9 @@ from sparring.cost.memory import FLOAT, STATES, Pass, Pieces, Where
 from sparring.cost.shapes import Shape
 from sparring.cost.texts import Texts
 from sparring.cost.work import Item, Machine, Work
+from sparring.errors import InputError
 from sparring.plan import Plan, RoundPlan
+from sparring.stages.evaluation import PART
 from sparring.stages.pair import PROBED
 
 PLAYED_BYTES, PAIRED_BYTES, FROZEN_BYTES = 14.0, 4.0, 5.0
@@ -130,6 +132,11 @@ class _Estimator:
         earlier = [e for e in reversed(self._plan.rounds) if e.t < r.t and e.method.plays]
         memories = [self._groups[e.t] for _, e in zip(r.method.memory, earlier, strict=False)]
         replayed = [item for items in memories for item in items]
+        if not (own or replayed):
+            raise InputError(
+                f"play.samples: {r.settings.play.samples}: so few answers a prompt give {r.method.name} nothing to train "
+                f"on in {r.folder}; raise it"
+            )
         costs = []
         if r.has("samples"):
             costs.append(self._samples(r))
@@ -148,6 +155,11 @@ class _Estimator:
         sample = self._texts.sample
         played = f"{sample} tokens" if sample else "as long as gold ones"
         lines.append(f"played answers: {played}, cut at play.max_new_tokens")
+        taken = [r.folder for r in self._plan.rounds if self._taken(r)]
+        lines += [f"{folder}: {self._texts.generated:.0%} of the prompts came with their answer" for folder in taken]
+        count = self._hardware.count
+        if self._hardware.device.cuda and self._config.cluster.processes != count:
+            lines.append(f"planned for one process per device: cluster.processes={count} makes it so")
         whole = sum(memory.weights(self._shape, self._base).values())
         engines = {r.settings.play.engine_kind for r in self._plan.rounds if r.turns}
         engines |= {self._config.evaluate.engine_kind}
@@ -160,6 +172,8 @@ class _Estimator:
             lines.append(f"vllm: {copies} of {size} devices each; what it reaches is assumed, its start is not counted")
         if "server" in engines:
             lines.append("not counted: what a server samples")
+        if self._config.cluster.cpu_offload:
+            lines.append("not counted: cluster.cpu_offload")
         if self._config.evaluate.tasks:
             lines.append("not counted: evaluate.tasks")
         if any(r.has("scores") for r in self._plan.rounds):
@@ -170,6 +184,11 @@ class _Estimator:
 
     def _machine(self, where: Where | None = None) -> Machine:
         return Machine(self._shape, where or self._base, self.rates)
+
+    def _taken(self, r: RoundPlan) -> float:
+        """The share of prompts that come with their answer to a round's first turn."""
+        first = next((e for e in self._plan.rounds if e.turns), None)
+        return self._texts.generated if r is first and r.method.takes_given else 0.0
 
     def _plain(self, r: RoundPlan) -> bool:
         return bool(r.method.needs) or r.method.official is not None or self._config.model.logps == "plain"
@@ -222,7 +241,7 @@ class _Estimator:
         faster = {name: getattr(rates, name) * size for name in ("score", "decode", "bandwidth")}
         # Its steps are recorded once and replayed, not launched layer by layer
         machine = Machine(self._shape, self._base, replace(rates, launch=0.0, **faster))
-        chunk = texts.spread(asked, max(1, min(4096, round(count))))
+        chunk = texts.spread(asked, max(1, min(settings.chunk * repeats, round(count))))
         done = work.answering(machine, chunk, width, repeats=1, models=models) * (count / len(chunk))
         return _Part(replace(done, seconds=done.seconds / copies), held, engine.gpu_memory)
 
@@ -246,13 +265,19 @@ class _Estimator:
         settings = r.settings.play
         prompts = min(r.settings.limit or self._texts.train, self._texts.train)
         asked = [(p, self._texts.played(gold, settings.max_new_tokens)) for p, gold in self._texts.rows]
-        parts, count = list[_Part](), 0.0
+        parts, count = [_Part(Work(), {})], 0.0
         split = sum(turn.split for turn in r.turns)
         for turn in r.turns:
             each = turn.samples or settings.samples
-            wanted = prompts * each / (split if turn.split else 1)
-            parts.append(self._sampled(settings, asked, settings, wanted, each, 1 + (turn.mixed_with is not None)))
-            count += wanted
+            own = prompts / (split if turn.split else 1)
+            taken = own * self._taken(r) if turn is r.turns[0] else 0.0
+            wanted = (own - taken) * each
+            if taken and settings.engine_kind == "hf":
+                passes = _passes([Item(p, (a,)) for p, a in asked], settings.batch_size, self._base)
+                parts.append(self._scored(passes, self._base, taken / len(asked), taken / settings.chunk))
+            if wanted:
+                parts.append(self._sampled(settings, asked, settings, wanted, each, 1 + (turn.mixed_with is not None)))
+            count += taken + wanted
         mean = sum(answer for _, answer in asked) / len(asked)
         disk = count * mean * PLAYED_BYTES
         tokens = count * mean + prompts * _mean([prompt for prompt, _ in asked])
@@ -270,13 +295,14 @@ class _Estimator:
         where = replace(self._scorer, plain=self._plain(r) and not r.method.needs)
         rows = 4 * r.settings.train.micro_batch
         for role in r.frozen:
-            known = exact and r.roles[role] in opponents
+            known = exact and r.roles[role] in opponents and not self._taken(r)
             fresh = [Item(i.prompt, i.given, i.weight) for i in own if i.given] if known else own
             asked = [*fresh, *replayed]
             if asked:
                 passes = _passes(asked, rows, where)
                 scale = sum(i.weight for i in asked) / len(asked)
-                parts.append(self._scored(passes, where, scale, sum(i.weight for i in own) / 512))
+                jobs = sum(i.weight for i in (*own, *replayed)) / r.settings.play.chunk
+                parts.append(self._scored(passes, where, scale, jobs))
                 tokens += scale * sum(p.tokens for p in passes)
             if known and own:
                 few = texts.spread(own, min(PROBED, math.ceil(sum(i.weight for i in own))))
@@ -313,7 +339,7 @@ class _Estimator:
         companions = len(r.frozen) if "frozen_logits" in r.method.needs else 0
         total_groups = sum(g.weight for g in groups)
         per_epoch = math.ceil(total_groups / settings.batch_size)
-        steps = per_epoch * (settings.stop_epoch or settings.epochs)
+        steps = per_epoch * min(settings.stop_epoch or settings.epochs, settings.epochs)
         steps = min(steps, settings.max_steps) if settings.max_steps else steps
         size = max(1, math.ceil(min(settings.batch_size, total_groups) / n))
         drawn = _drawn(groups, size)
@@ -331,7 +357,8 @@ class _Estimator:
         step += work.update(machine, settings.optimizer)
         spent = step * steps
         reading = self._reading(r) if r.has("held") else []
-        checks = min(self._config.controls.checks, steps) if r.has("held") and reading else 0
+        # Every so many steps, and at the last one
+        checks = math.ceil(steps / max(1, steps // self._config.controls.checks)) if reading else 0
         spent += work.scoring(self._machine(), reading) * (checks / n)
         saves = checks or steps // settings.save_every
         written = self.state * saves + self._player
@@ -353,22 +380,22 @@ class _Estimator:
         count = min(settings.limit, given.heldout)
         if not count:
             return self._cost(folder, 0.0, 0.0, _Part(Work(), {}))
-        play, jobs = self._config.evaluation_play, 1 + settings.samples
+        play = self._config.evaluation_play.model_copy(update={"chunk": PART})
         asked = [(p, given.played(gold, play.max_new_tokens)) for p, gold in given.rows]
-        parts = [self._sampled(settings, asked, play, count, 1, jobs=jobs)]
+        parts = [self._sampled(settings, asked, play, count, 1)]
         if settings.samples:
-            wanted = count * settings.samples
-            parts.append(self._sampled(settings, asked, play, wanted, settings.samples, jobs=jobs))
+            parts.append(self._sampled(settings, asked, play, count * settings.samples, settings.samples))
         rows = [Item(p, (gold,)) for p, gold in texts.spread(given.rows, count)]
         passes = _passes(rows, play.batch_size, self._scorer)
-        parts.append(self._scored(passes, self._scorer, 1, jobs))
+        parts.append(self._scored(passes, self._scorer, 1, count / PART))
         tokens = sum(p.tokens for p in passes) + count * (1 + settings.samples) * _mean([a for _, a in asked])
         return self._cost(folder, tokens, 0.0, *parts)
 
 
 def _context(arguments: Sequence[str], context: int) -> int:
     """How long a sequence vLLM makes room for: its argument, or the model's context."""
-    given = dict(pairwise(arguments)).get("--max-model-len", "")
+    words = [word for argument in arguments for word in argument.split("=", 1)]
+    given = dict(pairwise(words)).get("--max-model-len", "")
     return int(given) if given.isdigit() else context
 
 

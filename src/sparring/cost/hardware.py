@@ -12,6 +12,7 @@ import os
 import re
 from dataclasses import dataclass
 
+from sparring import threads
 from sparring.errors import InputError
 from sparring.nearest import nearest
 
@@ -127,7 +128,7 @@ def parse(text: str) -> Hardware:
 
 def cpu() -> Device:
     """This machine's processor and memory; its speed is a guess of 50 GFLOP/s and 10 GB/s a core until calibrated."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = threads.allowed()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     speed = _CORE * cores
     return Device("cpu", memory, _CORE_BYTES * cores, speed, speed, _CORE_BYTES, "this machine")

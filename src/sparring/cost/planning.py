@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparring.config import Config, Tree
+from sparring.config import Config, EngineConfig, Tree
 from sparring.cost import texts
 from sparring.cost.estimate import Estimate, estimate, uses_bf16
 from sparring.cost.hardware import DEVICES, PER_MACHINE, Hardware, parse
@@ -59,8 +59,10 @@ def plan(
         raise InputError(
             f"model.quantize: {config.model.quantize}: works in one process only; plan for one device, or leave it out"
         )
+    if config.model.compute == "float64":
+        raise InputError("model.compute: float64: a plan counts float32 and bfloat16 only; plan for one of these")
     if any(s.engine_kind == "vllm" for s in (config.evaluate, *(r.play for r in config.rounds))):
-        _check_spread(config.engine.tensor_parallel, machine)
+        _check_spread(config.engine, machine)
     given = _texts(config, prompts, prompt_tokens, answer_tokens, sample_tokens)
     rates = None
     if calibrate:
@@ -71,12 +73,17 @@ def plan(
     return Planned(found, *_remedies(config, found))
 
 
-def _check_spread(size: int, hardware: Hardware) -> None:
-    """Raises InputError where a vLLM would be spread over more devices than a machine has."""
-    most = min(hardware.count, PER_MACHINE)
+def _check_spread(engine: EngineConfig, hardware: Hardware) -> None:
+    """Raises InputError where vLLMs would be spread over more devices than a machine has."""
+    most, size, copies = min(hardware.count, PER_MACHINE), engine.tensor_parallel, engine.replicas or 1
     if size > most:
         raise InputError(
             f"engine.tensor_parallel: {size}: a machine of {hardware} has {most}; lower it, or plan for more"
+        )
+    if size * copies > most:
+        raise InputError(
+            f"engine.replicas: {copies}: a machine of {hardware} has {most} for {copies} of {size} each; lower it, or "
+            "plan for more"
         )
 
 
@@ -101,7 +108,8 @@ def _texts(config: Config, prompts: int | None, prompt: int | None, answer: int 
     model = players.model_config(config.model.path, config.model)
     rendering = fitted(loaded.train, config, model, tokenizer, renderer, longest)
     lengths = [(len(row.prompt), len(row.gold)) for row in rendering.rows]
-    return texts.measured(lengths, len(rendering.rows), len(loaded.heldout), sample)
+    generated = loaded.counts["generated"] / len(loaded.train)
+    return texts.measured(lengths, len(rendering.rows), len(loaded.heldout), sample, generated)
 
 
 @dataclass(frozen=True)
@@ -164,7 +172,8 @@ def _settings(config: Config, hardware: Hardware) -> Iterator[Iterator[_Change]]
     if not config.model.lora_rank:
         yield iter([change("model", "lora_rank", 16, "trains adapters only")])
     if hardware.device.cuda and hardware.count > 1 and config.cluster.players == "whole":
-        yield (_sharded(config, hardware, size) for size in _COUNTS if size <= min(hardware.count, PER_MACHINE))
+        most = min(hardware.count, PER_MACHINE) // (config.engine.replicas or 1)
+        yield (_sharded(config, hardware, size) for size in _COUNTS if size <= most)
 
 
 def _sharded(config: Config, hardware: Hardware, size: int) -> _Change:
@@ -173,10 +182,17 @@ def _sharded(config: Config, hardware: Hardware, size: int) -> _Change:
     settings += [("play", "engine", "vllm")] * any(r.play.engine_kind == "hf" for r in config.rounds)
     settings += [("evaluate", "engine", "vllm")] * (config.evaluate.engine_kind == "hf")
     told = [f"{section}.{key}={value}" for section, key, value in settings] + [f"engine.tensor_parallel={size}"]
+    told += _processes(config, hardware)
     changed = _with(config, "engine", {"tensor_parallel": size})
     for section, key, value in settings:
         changed = _with(changed, section, {key: value})
     return _Change(" ".join(told), changed, hardware, "vLLM samples")
+
+
+def _processes(config: Config, hardware: Hardware) -> list[str]:
+    """The setting without which other devices are not used."""
+    count = hardware.count
+    return [f"cluster.processes={count}"] if config.cluster.processes != count else []
 
 
 def _with(config: Config, section: str, values: dict[str, object]) -> Config:
@@ -192,7 +208,7 @@ def _machines(config: Config, hardware: Hardware) -> Iterator[Iterator[_Change]]
     """More devices of the same kind, and others with more memory."""
 
     def change(machine: Hardware) -> _Change:
-        return _Change(f"--hardware {machine}", config, machine)
+        return _Change(" ".join([f"--hardware {machine}", *_processes(config, machine)]), config, machine)
 
     if hardware.device.cuda and not config.model.quantize:
         yield (change(Hardware(count, hardware.device)) for count in _COUNTS if count > hardware.count)

@@ -36,6 +36,8 @@ class Texts:
     """Tokens of a played answer; None: as long as the gold one."""
     told: str = ""
     """Where the lengths are from."""
+    generated: float = 0.0
+    """Share of the examples that came with an answer, which the first round of self-play takes as it is."""
 
     def played(self, gold: int, most: int) -> int:
         """Tokens of an answer to a prompt whose gold answer has so many."""
@@ -57,12 +59,14 @@ def assumed(config: Config, prompts: int | None, prompt: int | None, answer: int
     return Texts(rows, train, heldout, sample, told + (" (--prompt-tokens, --answer-tokens)" if guessed else ""))
 
 
-def measured(rows: Sequence[tuple[int, int]], train: int, heldout: int, sample: int | None) -> Texts:
+def measured(
+    rows: Sequence[tuple[int, int]], train: int, heldout: int, sample: int | None, generated: float = 0.0
+) -> Texts:
     """Examples of a data set: evenly spaced ones among all by length, with the longest."""
     chosen = spread(sorted(rows, key=sum, reverse=True), min(len(rows), MOST))
     mean = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
     told = f"lengths of the data: prompts of {mean[0]:.0f}, gold answers of {mean[1]:.0f} tokens on average"
-    return Texts(tuple(chosen), train, heldout, sample, told)
+    return Texts(tuple(chosen), train, heldout, sample, told, generated)
 
 
 def spread(rows: Sequence[T], number: int) -> list[T]:
@@ -73,7 +77,7 @@ def spread(rows: Sequence[T], number: int) -> list[T]:
 def groups(r: RoundPlan, texts: Texts) -> list[Item]:
     """The groups of a round's own samples, weighted so that they stand for all prompts.
 
-    A judged answer is right and wrong, or wins and loses, in turn.
+    A judged answer is right and wrong, in turn and from prompt to prompt, or beats those behind it.
     """
     method, settings = r.method, r.settings.play
     fresh = count()
@@ -99,7 +103,7 @@ def groups(r: RoundPlan, texts: Texts) -> list[Item]:
     now = [s for s in samples if s.round == r.t]
     before = [s for s in samples if s.round != r.t]
     played = {s.id for s in now}
-    scores = [_score(method, [s for s in now if s.example_id == row.example_id]) for row in rows]
+    scores = [_score(method, n, [s for s in now if s.example_id == row.example_id]) for n, row in enumerate(rows)]
     judged = scores if method.verifier is not None or method.scorer is not None else []
     if method.official is not None:
         from sparring.pair import gold_against_samples
@@ -140,7 +144,7 @@ def _answers(r: RoundPlan, n: int) -> list[tuple[int, Turn]]:
     return list(enumerate(found))
 
 
-def _score(method: Method, own: Sequence[Sample]) -> Score:
-    values = tuple(float(i % 2 == 0) for i in range(len(own))) if method.verifier else ()
+def _score(method: Method, n: int, own: Sequence[Sample]) -> Score:
+    values = tuple(float((i + n) % 2 == 0) for i in range(len(own))) if method.verifier else ()
     wins = tuple(tuple((1 + (j > i) - (j < i)) / 2 for j in range(len(own))) for i in range(len(own)))
     return Score(own[0].example_id if own else "", tuple(s.id for s in own), values, wins if method.scorer else ())

@@ -104,6 +104,8 @@ def _parts(
 ) -> None:  # fmt: skip
     """Shards of the held-out prompts' rows, `each` for a prompt, which has `before` already elsewhere."""
     examples = {example.id: example for example in Rows(shop.run.path / "data" / "heldout", Example)}
+    if not examples:
+        return
     _, rows = _asked(shop)
     folder.mkdir(exist_ok=True)
     shop.progress.begin(len(rows) * (2 + shop.config.evaluate.samples), "answers")

@@ -20,14 +20,14 @@ _UNITS = ("", "k", "M", "G", "T", "P", "E", "Z")
 def plan(found: Planned) -> Renderables:
     """A row per stage, equal rounds together; peak memory is one device's, time and work all devices'."""
     e = found.estimate
-    room = e.hardware.device.usable
+    room, misfits = e.hardware.device.usable, e.misfits
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="dim")
     for name in ("round", "stage", "tokens", "FLOP", "bytes moved", "peak memory", "time", "disk"):
         table.add_column(name, justify="left" if name in ("round", "stage") else "right", no_wrap=True)
     for name, costs in _rounds(e.costs):
         for i, cost in enumerate(costs):
-            style = "bold red" if cost.peak > room else ""
-            peak = f"{amount(cost.peak, 'B')}{' ✗' if cost.peak > room else ''}" if cost.peak else NONE
+            style, mark = ("bold red", " ✗") if cost in misfits else ("", "")
+            peak = f"{amount(cost.peak, 'B')}{mark}" if cost.peak else NONE
             work = (amount(cost.tokens), amount(cost.flops), amount(cost.moved, "B"))
             cells = (*work, Text(peak, style=style), seconds(cost.seconds), amount(cost.disk, "B"))
             table.add_row("" if i else name, cost.name, *cells)
