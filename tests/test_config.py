@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 import sparring
-from sparring import methods
+from sparring import api, methods
 from sparring.config import SECTIONS, Config, PlayConfig, Section, TrainConfig, fields
 from sparring.config.recipe import load, override, read_recipe, recipe_with_defaults
 from sparring.errors import InputError
@@ -219,6 +219,12 @@ def test_text_that_looks_like_a_number_stays_text() -> None:
 def test_yes_is_no_number(setting: str) -> None:
     with pytest.raises(InputError, match="number"):
         loaded({}, setting)
+
+
+@pytest.mark.parametrize("tasks", ["5", "true"])
+def test_tasks_are_a_list(tasks: str) -> None:
+    with pytest.raises(InputError, match=r"evaluate\.tasks: a list of tasks is wanted"):
+        api.configured({"run": "r"}, ["model.path=m", "data.path=d", f"evaluate.tasks={tasks}"])
 
 
 def test_hyper_parameters_keep_their_type() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets.exceptions import DatasetGenerationError
 
 from data_rows import failure, jsonl, qa, read
 from sparring import data
@@ -152,6 +153,9 @@ def test_a_saved_dict_has_splits(tmp_path: Path) -> None:
         (["ARC-Train.jsonl", "ARC-Test.jsonl"], "train", ["ARC-Train.jsonl"]),
         (["train_sft-0.jsonl", "train_gen-0.jsonl"], "train_sft", ["train_sft-0.jsonl"]),
         (["one.jsonl", "two.jsonl", ".cache/three.jsonl"], "train", ["one.jsonl", "two.jsonl"]),
+        (["2023/one.jsonl", "2024/two.jsonl"], "train", None),
+        (["train/algebra/1.jsonl", "train/geometry/2.jsonl", "test/algebra/3.jsonl"], "train", None),
+        (["default/train/0000.jsonl", "default/train/0001.jsonl", "default/test/0000.jsonl"], "train", None),
     ],
 )
 def test_folders_of_files(tmp_path: Path, files: list[str], split: str, chosen: list[str] | None) -> None:
@@ -169,6 +173,32 @@ def test_a_folder_does_not_train_on_another_split(tmp_path: Path) -> None:
     assert failure(tmp_path / "test.jsonl", split="dev").endswith(
         "one file has no split `dev`; name that split's own file instead"
     )
+
+
+def test_a_clone_of_several_configurations_is_read_by_name(tmp_path: Path) -> None:
+    """GSM8K's two hold the same questions; read together, every question would come twice."""
+    for number, name in enumerate(["main/train-0", "main/test-0", "socratic/train-0", "wordy/en/train_sft"]):
+        jsonl(tmp_path / f"{name}.jsonl", *qa(1, number))
+    (tmp_path / ".git").mkdir()
+    assert [e.gold for e in read(tmp_path, name="main")] == ["a0"]
+    assert [e.gold for e in read(tmp_path, name="wordy/en")] == ["a3"]
+    heldout = data.load(DataConfig(path=str(tmp_path), name="main", heldout_split="test"), seed=0).heldout
+    assert [e.gold for e in heldout] == ["a1"]
+    both = "split `train` lies in main and socratic; choose one by data.name, or name that folder itself"
+    assert failure(tmp_path) == f"{tmp_path}: {both}"
+    it_has = "it has main, socratic, wordy; set data.name=null to read it as it is"
+    assert failure(tmp_path, name="mian") == f"data.name: {tmp_path} has no folder `mian`; {it_has}"
+    jsonl(tmp_path / "wordy" / "train_sft.jsonl", *qa(1))
+    assert "split `train` lies in . and en; " in failure(tmp_path / "wordy")
+
+
+def test_a_file_and_a_saved_set_have_no_configurations(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "rows.jsonl", *qa(2))
+    write_saved(tmp_path / "saved")
+    (tmp_path / "saved" / "main").mkdir()
+    for place in (path, tmp_path / "saved"):
+        says = f"data.name: {place} has no folder `main`; set data.name=null to read it as it is"
+        assert failure(place, name="main") == says
 
 
 # --- Hub -------------------------------------------------------------------
@@ -205,6 +235,20 @@ def test_hub_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert failure("no/such") == expected
     with pytest.raises(InputError, match="cannot be loaded"):
         data.fingerprint(DataConfig(path="no/such"))
+
+
+@pytest.mark.parametrize("error", [RuntimeError, DatasetGenerationError])
+def test_a_hub_data_set_that_cannot_be_made(
+    error: type[Exception], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import datasets
+
+    def load_dataset(*_: Any, **__: Any) -> Any:
+        raise error("Dataset scripts are no longer supported, but found gsm8k.py")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.chdir(tmp_path)
+    assert failure("no/such").endswith("cannot be loaded: Dataset scripts are no longer supported, but found gsm8k.py")
 
 
 @pytest.mark.parametrize(

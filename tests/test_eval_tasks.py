@@ -17,7 +17,7 @@ import torch
 import yaml
 
 import sparring
-from helpers import cli, recipe, rows, write_jsonl, write_recipe
+from helpers import cli, recipe, rows, write_jsonl, write_model, write_recipe
 from rundirs import records, refused
 from sparring import api, sinks
 from sparring.compare import compare, pairs
@@ -304,6 +304,19 @@ def test_a_task_goes_with_the_player_that_did_it(tmp_path: Path, tiny_model: Pat
     assert after[0] == before[0] and abs(after[1] - before[1]) > 1e-3
 
 
+def test_a_task_goes_with_the_start_that_did_it(tmp_path: Path, tiny_model: Path, tiny_data: Path) -> None:
+    sums = write_jsonl(tmp_path / "sums.jsonl", SUMS)
+    view = sparring.run(recipe(tmp_path / "run", tiny_model, tiny_data, rounds=[{"method": "spin"}]))
+    api.evaluate_tasks(view.path, [str(sums)], 0)
+    sparring.run(view.path, ["evaluate.samples=0"], redo=True)
+    assert set(view.tasks(0)) == {"sums"}
+    other = f"model.path={write_model(tmp_path / 'other', seed=1)}"
+    assert "start/tasks/sums: its input player 0 changes" in refused(view.path, other)
+    sparring.run(view.path, [other], redo=True)
+    assert not view.tasks(0)
+    assert (view.path / "superseded/2/start/tasks/sums/summary.json").exists()
+
+
 @pytest.mark.parametrize("data", [{"long_prompt": "drop"}, {"long_prompt": "keep_end"}, {"long_answer": "drop"}])
 def test_items_that_do_not_fit_are_told(tmp_path: Path, tiny_model: Path, tiny_data: Path, data: Any) -> None:
     long = "what is " + "1 + " * 20 + "1?"
@@ -356,6 +369,7 @@ def test_tasks_on_the_command_line_are_done_once(own: RunView, tmp_path: Path) -
         (("--player", "9", "--tasks", "sums"), "player `9`: not in"),
         (("--player", "1", "--tasks", "gone.jsonl"), "gone.jsonl: no such file"),
         (("--player", "1", "--against", "x"), "player `x`: not in"),
+        (("--round", "9", "--against", "0"), "player `10`: not in"),
         (("--player", "1", "--against", "0", "--tasks", "gone"), "player 1 has not been evaluated on gone"),
         (("--player", "1", "--against", "nowhere:0"), "nowhere: no such folder"),
         (("--round", "1", "--limit", "3"), "eval: --limit says nothing without --tasks; leave it out"),
@@ -373,6 +387,12 @@ def test_tasks_on_the_command_line_are_done_once(own: RunView, tmp_path: Path) -
 def test_bad_arguments(run: RunView, arguments: tuple[str, ...], problem: str) -> None:
     code, _, err = cli("eval", run.path, *arguments)
     assert code == 2 and problem in err and err.count("\n") == 1
+
+
+def test_a_player_that_is_not_there_has_no_figures(run: RunView) -> None:
+    assert sorted(run.players) == [-1, 0, 1, 2]
+    for number in (-2, 3):
+        assert run.evaluation(number) is None and run.tasks(number) == {} and list(run.items(number)) == []
 
 
 def test_two_files_of_one_name_are_refused(run: RunView, tmp_path: Path) -> None:
@@ -551,7 +571,6 @@ def test_votes_are_those_that_the_evaluation_counted() -> None:
 @pytest.mark.parametrize(
     ("told", "figure"),
     [
-        ({"verifier": "number"}, "sums"),
         ({"temperature": 0.5}, "sums"),
         ({"max_new_tokens": 3}, "sums"),
         ({"sampled": None}, "sums"),  # told by its greedy answers then
@@ -572,6 +591,44 @@ def test_runs_whose_task_was_judged_otherwise_are_not_paired(
     assert alike.gain is not None and (alike.gain.mean, alike.why) == (0.0, "")
 
 
+def recorded(run: RunView, path: Path, settings: Mapping[str, Any], evaluate: Mapping[str, Any]) -> RunView:
+    """A copy of a run whose evaluations have other settings in their records, and whose recipe has others."""
+    copy = copied(run, path, evaluate=evaluate)
+    for file in (*path.glob("*/eval/stage.json"), *path.glob("*/tasks/sums/stage.json")):
+        record = read_json(file)
+        write_json(file, record | {"settings": record["settings"] | settings})
+    return copy
+
+
+def test_judges_of_a_file_are_told_apart_by_its_content_and_engines_by_their_kind(run: RunView, tmp_path: Path) -> None:
+    names = []
+    for folder in ("here", "there"):
+        file = tmp_path / folder / "judge.py"
+        file.parent.mkdir()
+        file.write_text("def right(example, answer):\n    return True\n")
+        names.append({"verifier": f"{file}:right", "best": "gold_nll"})
+    first, second = ({f"{key}.verifier": f"judge.py:right@{n}" for key in ("evaluate", "task")} for n in (1, 2))
+    one = recorded(run, tmp_path / "one", first, names[0])
+    moved, edited = recorded(run, tmp_path / "moved", first, names[1]), recorded(run, tmp_path / "v2", second, names[0])
+    for task in (None, "sums"):
+        assert {row.gain.mean for row in versus_players(one, 2, moved, 2, task=task) if row.gain} == {0.0}
+        with pytest.raises(InputError, match=r"other ways \(verifier: judge.py:right@1 and judge.py:right@2\)"):
+            versus_players(one, 2, edited, 2, task=task)
+    same, other, _ = pairs(*compare([one, moved, edited]))
+    assert (same.gain is not None, same.why, other.gain) == (True, "", None) and "otherwise" in other.why
+    served = recorded(run, tmp_path / "served", first | {"evaluate.engine": "vllm"}, names[0])
+    for task in (None, "sums", "win_rate"):
+        with pytest.raises(InputError, match=r"other ways \(engine: hf and vllm\)"):
+            versus_players(one, 2, served, 2, task=task)
+
+
+def test_a_task_whose_file_has_changed_has_no_win_rate(run: RunView, tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "sums.jsonl", SUMS[1:])
+    copy = copied(run, tmp_path / "run", {(2, "sums"): {"file": str(file)}})
+    with pytest.raises(InputError, match=rf"^{file}: has changed since player 2 did this task; evaluate it again$"):
+        versus_players(copy, 2, copy, 0, task="sums", scorer=load_scorer("verifier:gsm8k"))
+
+
 def test_wins_by_another_scorer_or_against_another_start_are_refused(run: RunView, tmp_path: Path) -> None:
     summary = run.tasks(2)["win_rate"]
     name = run.config.evaluate.scorer
@@ -585,7 +642,7 @@ def test_wins_by_another_scorer_or_against_another_start_are_refused(run: RunVie
     assert sum(rates.values()) / len(rates) == pytest.approx(summary["win_rate"]["mean"]) and len(rates) == summary["n"]
 
 
-def test_players_are_compared_by_stored_answers(run: RunView) -> None:
+def test_players_are_compared_by_stored_answers(run: RunView, files: Path) -> None:
     before = records(run.path)
     rows = {row.key: row for row in versus_players(run, 2, run, 0)}
     assert {"sampled", "greedy", "gold_nll", "gold_nll_token"} == set(rows)
@@ -598,6 +655,8 @@ def test_players_are_compared_by_stored_answers(run: RunView) -> None:
     assert per_token.interval[0] <= per_token.mean <= per_token.interval[1]
     code, out, _ = cli("eval", run.path, "--player", "best", "--against", 0, "--tasks", "sums,colours,win_rate")
     assert code == 0 and all(word in out for word in ("maj@4", "acc_norm", "win_rate", "95 % interval"))
+    asked = ["eval", run.path, "--player", 1, "--against", 0, "--tasks"]
+    assert cli(*asked, files / "sums.jsonl") == cli(*asked, "sums") and cli(*asked, "sums").code == 0
     code, out, _ = cli("eval", run.path, "--player", 1, "--against", f"{run.path}:0", "--scorer", "verifier:gsm8k")
     assert code == 0 and "win_rate" in out
     assert records(run.path) == before

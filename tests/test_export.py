@@ -177,6 +177,28 @@ def test_a_pair_is_the_best_and_each_lower_one() -> None:
     assert list(export._pairs(group((1.0, 0.0), ("gold", "mismatched, of y")))) == []
 
 
+def test_what_a_method_selects_is_what_leaves(tmp_path: Path, tiny_model: Path, tiny_data: Path) -> None:
+    """SeRA's ranked pairs have no targets before it selects, and it drops pairs of gold."""
+    tree = recipe(tmp_path / "run", tiny_model, tiny_data, rounds=[{"method": "sera", "repeat": 2, "keep": 0.7}])
+    view = sparring.run(tree | {"play": tree["play"] | {"samples": 2, "temperature": 1.5}})
+    stored, trained = (view.rounds[1].counts[stage]["groups"] for stage in ("groups", "player"))
+    assert (stored, trained) == (36, 26)  # of 24 pairs with gold and 12 of samples: the nearest to 0.7 of each
+    assert export.parquet(view, 1, tmp_path / "groups").rows == trained
+    table = pq.read_table(tmp_path / "groups" / "groups.parquet").to_pylist()
+    assert all(sorted(row["targets"]) == [0.0, 1.0] for row in table)
+    assert sum("gold" not in row["sources"] for row in table) == 9
+    frozen = {f.group: f.logps for f in Rows(view.rounds[1].path / "frozen" / "earlier", Frozen)}
+    assert all(tuple(map(tuple, row["logps_earlier"])) == frozen[row["group"]] for row in table)
+    made = export.trl(view, 1, tmp_path / "pairs")
+    assert (made.rows, made.skipped) == (trained, 0)
+    pairs = pq.read_table(tmp_path / "pairs" / "train.parquet").to_pylist()
+    best = [row["completion_ids"][row["targets"].index(1.0)] for row in table]
+    assert [row["chosen_ids"] for row in pairs] == best
+    shutil.rmtree(view.rounds[1].path / "frozen")
+    with pytest.raises(InputError, match=r"round_001/frozen: is not done, and sera chooses by it what is trained on"):
+        export.parquet(view, 1, tmp_path / "more")
+
+
 def test_groups_as_parquet_are_the_groups(chat_run: Path, tmp_path: Path) -> None:
     view = RunView(chat_run)
     out = tmp_path / "groups"

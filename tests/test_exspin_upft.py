@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
 
-from sparring import methods
+from sparring import api, methods
 from sparring.errors import InputError
 from sparring.methods.upft import TEMPLATE, in_full
+from sparring.plan import Stage
 from sparring.types import Batch, LogProbs, Played, Rendered, Sample, Score
 
 END = 2
@@ -159,6 +161,20 @@ def test_upft_is_sft_on_its_own_samples() -> None:
     assert ((batch.weight_B * loss_B).sum() / batch.weight_B.sum()).item() == 2.5  # (1 + 2 + 3 + 4)/4
     logp_B = made.metrics(policy, batch)["logp_sample"]
     assert logp_B.tolist() == [-6.0, -4.0] and not logp_B.requires_grad
+
+
+@pytest.mark.parametrize(("long_prompt", "same"), [("drop", False), ("keep_end", True), ("fail", True)])
+def test_the_template_is_the_samples_where_it_says_which_rows_are_played(
+    long_prompt: str, same: bool, tiny_recipe: dict[str, Any]
+) -> None:
+    def samples(template: str) -> Stage:
+        rounds = [{"method": "upft", "template": template}]
+        tree = tiny_recipe | {"rounds": rounds, "data": tiny_recipe["data"] | {"long_prompt": long_prompt}}
+        return api.prepare(tree).plan.rounds[0].stage("samples")
+
+    short, long = samples("{question} First step:"), samples("{question} Please, what is the first step?")
+    assert (short.key == long.key) is same
+    assert ("template" in short.settings) is not same  # runs made before keep their keys
 
 
 @pytest.mark.parametrize("hyper", [{"prefix_tokens": 0}, {"full_share": 1.5}, {"template": "hello"}, {"weigh": "none"}])

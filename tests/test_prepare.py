@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -56,6 +57,39 @@ def test_paths_and_file_references_become_absolute(
     assert config.evaluate.verifier == f"{tmp_path}/own.py:check"
     assert config.rounds[1].method == f"{tmp_path}/own.py:method"
     assert config.model.chat_template == f"{tmp_path}/t.jinja"
+
+
+def test_a_link_keeps_its_name_and_a_model_does_not(
+    tiny_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The Hub's cache and DVC hold files under their hashes; a run's `best` is to be what it was when it was named."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "store").mkdir()
+    data = {"train.jsonl": tiny_recipe["data"]["path"], "sums.jsonl": None}
+    for number, (name, source) in enumerate(data.items()):
+        blob = tmp_path / "store" / f"{number}f3a"
+        blob.write_text(Path(source).read_text() if source else '{"prompt": "1 + 1?", "answer": "#### 2"}\n')
+        (tmp_path / name).symlink_to(blob)
+    (tmp_path / "best").symlink_to(tiny_recipe["model"]["path"])
+    overrides = ["data.path=train.jsonl", "evaluate.tasks=[sums.jsonl]", "model.path=best"]
+    prepared = api.prepare(tiny_recipe, overrides)
+    config = prepared.config
+    assert (config.data.path, config.model.path) == (f"{tmp_path}/train.jsonl", tiny_recipe["model"]["path"])
+    assert [(task.path, task.label) for task in config.evaluate.tasks] == [(f"{tmp_path}/sums.jsonl", "sums")]
+    assert list(prepared.plan.data.inputs) == ["train train.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (["model.lora_alpha=8"], "model.lora_alpha: does nothing while model.lora_rank is 0; raise that, or set model.lora_alpha=null"),
+        (["model.lora_targets=[q_proj]"], "raise that, or set model.lora_targets=all-linear"),
+    ],
+)  # fmt: skip
+def test_adapters_settings_need_a_rank(settings: list[str], says: str, tiny_recipe: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=re.escape(says)):
+        api.prepare(tiny_recipe, settings)
+    api.prepare(tiny_recipe, [*settings, "model.lora_rank=2"])
 
 
 # Precision ------------------------------------------------------------------------------------------------------------

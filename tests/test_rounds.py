@@ -68,6 +68,32 @@ def test_best_waits_for_evaluations(tmp_path: Path, tiny_model: Path, tiny_data:
     assert code == 2 and "is `best`, but a player is not evaluated yet" in err
 
 
+def test_the_start_is_measured_where_the_best_is_asked_for(tmp_path: Path, tiny_model: Path, tiny_data: Path) -> None:
+    """Stages one by one: the start's evaluation is none of any round's."""
+    task = write_jsonl(tmp_path / "sums.jsonl", [{"prompt": "1 + 1?", "answer": "#### 2"}])
+    tree = recipe(tmp_path / "run", tiny_model, tiny_data, rounds=[{"method": "spin", "reference": "best"}])
+    tree["evaluate"] |= {"tasks": [str(task)], "best": "task:sums"}
+    sparring.run(tree)
+    sparring.fork(tmp_path / "run", tmp_path / "new", ["seed=1"])
+    code, _, err = cli("play", tmp_path / "new", "--round", 0)
+    assert code == 0, err
+    done = sorted(str(f.parent.relative_to(tmp_path / "new")) for f in (tmp_path / "new").rglob("stage.json"))
+    assert done == ["data", "round_000/samples", "start/eval", "start/tasks/sums"]
+
+
+def test_activations_that_cannot_be_recomputed_are_told_before_a_round(
+    tmp_path: Path, tiny_model: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import LlamaForCausalLM
+
+    monkeypatch.setattr(LlamaForCausalLM, "supports_gradient_checkpointing", False)
+    tree = recipe(tmp_path / "run", tiny_model, tiny_data, train={"gradient_checkpointing": True})
+    code, _, err = cli("run", write_recipe(tmp_path / "r.yaml", tree))
+    says = "train.gradient_checkpointing: LlamaForCausalLM cannot recompute activations; set it to false"
+    assert code == 2 and says in err
+    assert not list((tmp_path / "run").glob("*/samples*"))
+
+
 def test_a_role_with_another_tokenizer_is_refused(tmp_path: Path, tiny_model: Path, tiny_data: Path) -> None:
     tokenizer = character_tokenizer()
     tokenizer.add_tokens(["other"])

@@ -5,12 +5,18 @@ from __future__ import annotations
 import os
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from rundirs import needs_proc
 from sparring.evaluate import Item
-from sparring.rundir import store
+from sparring.plan import Stage
+from sparring.rundir import RunDir, store
+from sparring.rundir.shards import ShardedStates
+from sparring.rundir.states import TrainStates
 from sparring.rundir.store import Rows, read_json, write_json, write_shard, write_shards, write_text
 from sparring.types import Example, Frozen, Group, Message, Player, Rendered, Sample
 
@@ -40,6 +46,13 @@ ROWS: dict[type, list[Any]] = {
         Item("c", "sampled", 1, "", (), "length", False, ()),
     ],
 }
+
+
+def synced(patch: pytest.MonkeyPatch) -> list[str]:
+    """The names of files and folders in the order in which they are brought to the disk from now on."""
+    fsync, seen = os.fsync, list[str]()
+    patch.setattr(os, "fsync", lambda h: (seen.append(Path(os.readlink(f"/proc/self/fd/{h}")).name), fsync(h)))
+    return seen
 
 
 SIZES = pytest.mark.parametrize(("eager", "kept"), [(1 << 20, 0), (0, 1 << 20), (0, 0)], ids=["eager", "kept", "lazy"])
@@ -142,6 +155,35 @@ def test_a_file_is_on_disk_before_it_takes_its_name(tmp_path: Path, monkeypatch:
     write_text(tmp_path / "t", "x")
     write_shard(tmp_path / "0.parquet", Player, [])
     assert seen == ["fsync", "rename"] * 2
+
+
+@needs_proc
+def test_a_training_log_is_on_disk_before_its_player(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = synced(monkeypatch)
+    stage = Stage("round_000/player", "player", {}, {})
+    run = RunDir(tmp_path)
+
+    def make(folder: Path) -> dict[str, Any]:
+        run.states(stage).begin()
+        run.states(stage).log({"step": 1})
+        return {}
+
+    run.once(stage, make)
+    log, record = (seen.index(name) for name in ("log.jsonl", ".stage.json.tmp"))
+    begun, last = (i for i, name in enumerate(seen) if name == ".stage.json.tmp")
+    assert begun == record < log < last and "train" in seen[log:last]
+
+
+@needs_proc
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_training_log_is_on_disk_before_a_state_in_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = synced(monkeypatch)
+    team: Any = SimpleNamespace(first=True, wait=lambda: None)
+    states = ShardedStates(TrainStates(tmp_path / "train", "key"), team, {})
+    assert states.load() is None
+    states.log({"step": 1})
+    states.save(1, {"model/w": torch.ones(2), "backoffs": torch.tensor(0)})
+    assert seen.index("log.jsonl") < seen.index("writing") < seen.index("state")
 
 
 def test_a_shared_file_is_replaced_and_never_changed(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sparring import data, lowbit, methods, players, prompts, sinks
-from sparring.config import Config, TaskConfig, Tree
+from sparring.config import Config, ModelConfig, TaskConfig, Tree
 from sparring.config.recipe import ROLES, load, override, read_recipe, recipe_with_defaults
 from sparring.errors import InputError
 from sparring.evaluate import tasks
@@ -90,9 +90,12 @@ def run_stage(path: Path | str, command: str, t: int) -> RunView:
     found = _round(prepared, t)
     name = STAGE_OF_COMMAND[command]
     stages = [s for s in found.stages if s.name == name]
+    # The start's are no round's, so no other call makes what the best is chosen by
+    measures = [prepared.plan.start_eval, *prepared.plan.start_tasks] if "best" in found.roles.values() else []
+    measures = [stage for stage in measures if not RunDir(prepared.path).done(stage)]
     if command not in ("judge", "pair"):
         lowbit.check(prepared.config)
-        engines.check(prepared.config, prepared.plan, lambda stage: stage not in stages)
+        engines.check(prepared.config, prepared.plan, lambda stage: stage not in (*measures, *stages))
     if not stages:
         known = ", ".join(stage.name for stage in found.stages)
         raise InputError(f"{path}: round {t} ({found.method.name}) has no stage {name}; it has {known}")
@@ -101,7 +104,7 @@ def run_stage(path: Path | str, command: str, t: int) -> RunView:
         missing = [name for name in stages[0].inputs if name in known_stages and not target.done(known_stages[name])]
         if missing:
             raise InputError(f"{path}: {stages[0].folder} needs {missing[-1]}, which is not done; do that stage first")
-        wanted = {prepared.plan.data.folder, stages[0].folder}
+        wanted = {prepared.plan.data.folder, *(stage.folder for stage in measures), stages[0].folder}
         shop = Workshop(target, prepared.config, prepared.plan, prepared.start)
         advance(shop, wanted)
         if command == "eval":
@@ -171,7 +174,7 @@ def evaluate_tasks(
 
 def _named_task(name: str, config: Config, options: Tree) -> TaskConfig:
     known = {task.label: task for task in config.evaluate.tasks}
-    task = known.get(name) or TaskConfig(path=_path(name))
+    task = known.get(name) or TaskConfig(path=_file(name))
     return task.model_copy(update={key: value for key, value in options.items() if value is not None})
 
 
@@ -210,7 +213,7 @@ def configured(
 ) -> tuple[Tree, Config]:
     """A recipe with overrides, as it was written and checked; nothing that it names is looked at. Raises InputError."""
     tree, where = _read(recipe)
-    own = where.parent if where and where.name == "config.yaml" else None
+    own = where.parent if where and where.name == "config.yaml" and (where.parent / "env.json").exists() else None
     tree = override(tree, overrides)
     if out is not None or own is not None:
         tree["run"] = str(out if out is not None else own)
@@ -221,6 +224,16 @@ def configured(
             raise InputError(f"{key}: is missing; give it in the recipe, as --{key.split('.')[0]} or as {key}=…")
     if config.cluster.processes > 1 and config.model.device.startswith("cuda:"):
         raise InputError(f"model.device: {config.model.device} is one device for all processes; write cuda or auto")
+    if config.cluster.launcher and config.cluster.processes == 1:
+        raise InputError(
+            "cluster.launcher: starts nothing while cluster.processes is 1; set that, or cluster.launcher=null"
+        )
+    for key in ("lora_alpha", "lora_targets"):
+        default = ModelConfig.model_fields[key].default
+        if not config.model.lora_rank and getattr(config.model, key) != default:
+            raise InputError(
+                f"model.{key}: does nothing while model.lora_rank is 0; raise that, or set model.{key}={default or 'null'}"
+            )
     asked = config.evaluate
     if asked.best in ("sampled", "greedy") and not asked.verifier:
         raise InputError(
@@ -289,7 +302,15 @@ def _compute(config: Config) -> str:
     run = Path(config.run)
     made = read_run_recipe(run) if (run / "config.yaml").exists() and (run / "env.json").exists() else {}
     recorded: str = (made.get("model") or {}).get("compute", "auto")
-    return recorded if recorded != "auto" else str(players.compute_dtype(config.model)).removeprefix("torch.")
+    if recorded != "auto":
+        return recorded
+    bare = config.model.device != "cpu" and players.device_of(ModelConfig()).type == "cpu"
+    if config.cluster.launcher and bare:
+        raise InputError(
+            "model.compute: auto: there is no GPU here to tell it by, and cluster.launcher may start processes that have "
+            "one; write bfloat16 or float32"
+        )
+    return str(players.compute_dtype(config.model)).removeprefix("torch.")
 
 
 def mark_best(path: Path) -> int | None:
@@ -338,12 +359,13 @@ def _absolute(tree: Tree) -> Tree:
     """Existing local paths and `./file.py:name` made absolute, so that a run continues from any working directory."""
     sections: dict[str, dict[str, Callable[[str], str]]] = {
         "model": {"path": _path, "chat_template": lambda value: value if value == "plain" else _path(value)},
-        "data": {"path": _path, "heldout": _path},
+        "data": {"path": _file, "heldout": _file},
         "evaluate": {"verifier": _reference, "scorer": _reference},
         "engine": {"python": _program},
     }
     result = tree | {name: _changed(tree.get(name), how) for name, how in sections.items() if name in tree}
-    if given := isinstance(tree.get("evaluate"), dict) and tree["evaluate"].get("tasks"):
+    given = tree["evaluate"].get("tasks") if isinstance(tree.get("evaluate"), dict) else None
+    if given and isinstance(given, (str, dict, list, tuple)):
         result["evaluate"] = result["evaluate"] | {
             "tasks": [_task(task) for task in ([given] if isinstance(given, (str, dict)) else given)]
         }
@@ -370,7 +392,7 @@ def _changed(section: Any, how: Mapping[str, Callable[[str], str]]) -> Any:
 def _task(task: Any) -> Any:
     return _changed(
         {"path": task} if isinstance(task, str) else task,
-        {"path": _path, "verifier": _reference, "data_dir": _path},
+        {"path": _file, "verifier": _reference, "data_dir": _path},
     )
 
 
@@ -379,9 +401,14 @@ def _path(value: str) -> str:
     return str(path.resolve()) if path.exists() else value
 
 
-def _program(value: str) -> str:
+def _file(value: str) -> str:
+    # What a cache keeps under its hash has its name, its suffix and the files beside it where the link is
     path = Path(value).expanduser()
-    return str(path.absolute()) if "/" in value and path.exists() else value
+    return str(path.absolute()) if path.exists() else value
+
+
+def _program(value: str) -> str:
+    return _file(value) if "/" in value else value
 
 
 def _who(value: str) -> str:

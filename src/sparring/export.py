@@ -9,16 +9,17 @@ import contextlib
 import copy
 import math
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparring import card, players, preview
+from sparring import card, methods, players, preview
 from sparring.errors import InputError
 from sparring.formatting import visible
 from sparring.rundir.store import Rows, sync
+from sparring.stages.train import selected
 from sparring.types import Frozen, Group, Sample
 
 if TYPE_CHECKING:
@@ -80,7 +81,8 @@ def trl(run: RunView, t: int | None, out: Path, *, standard: bool = False) -> Ex
     pair of its best completion and each one with a lower target. Raises InputError where `out` exists or there is no pair.
     """
     r = _round(run, t)
-    groups, reference = r.rows("groups", Group), _frozen(r).get("reference")
+    groups, frozen = _trained_on(run, r)
+    reference = frozen.get("reference")
     renderer, texts = preview.make_renderer(run), _texts(run, groups)
     ids = _trl_ids(run, renderer, standard)
     counts = {"skipped": 0, "probed": 0, "same": 0}
@@ -125,7 +127,7 @@ def parquet(run: RunView, t: int | None, out: Path) -> Exported:
     of every frozen role `logps_ROLE`: nats per token, aligned with `completion_ids`. Raises InputError where `out` exists.
     """
     r = _round(run, t)
-    groups, frozen = r.rows("groups", Group), _frozen(r)
+    groups, frozen = _trained_on(run, r)
     renderer, texts = preview.make_renderer(run), _texts(run, groups)
 
     def rows() -> Iterator[Row]:
@@ -160,6 +162,20 @@ def _round(run: RunView, t: int | None) -> RoundView:
         return found[0]
     known = ", ".join(str(r.t) for r in done) or "none yet"
     raise InputError(f"{run.path}: round {t} has no groups; rounds that have: {known}; `sparring status` shows them")
+
+
+def _trained_on(run: RunView, r: RoundView) -> tuple[Sequence[Group], Mapping[str, Sequence[Frozen]]]:
+    """A round's groups as the loss reads them, and every frozen role's log-probs, aligned with them."""
+    groups, frozen = r.rows("groups", Group), _frozen(r)
+    settings = run.config.rounds[r.t - run.rounds[0].t]
+    select = methods.make(settings.method, settings.hyper).select
+    if select is None:
+        return groups, frozen
+    if not frozen:
+        raise InputError(
+            f"{r.path / 'frozen'}: is not done, and {r.method} chooses by it what is trained on; do that stage first"
+        )
+    return selected(groups, frozen, select)
 
 
 def _frozen(r: RoundView) -> dict[str, Sequence[Frozen]]:

@@ -123,7 +123,7 @@ class DataConfig(Section):
     """What to train on and what to hold out."""
 
     path: str = _doc("", "JSONL, JSON, Parquet or CSV file, `datasets` folder, or Hub id. Required.")
-    name: str | None = _doc(None, "Configuration name of a Hub data set.")
+    name: str | None = _doc(None, "Configuration of a Hub data set; of a local folder, the folder in it.")
     split: str = _doc("train", "Split to train on, for sources that have splits.")
     format: Literal[
         "auto", "messages", "prompt_completion", "question_answer", "alpaca", "sharegpt", "spin", "preference"
@@ -363,8 +363,10 @@ class EvaluateConfig(Sampling):
     @field_validator("tasks", mode="before")
     @classmethod
     def _paths_are_tasks(cls, value: Any) -> Any:
-        given = [value] if isinstance(value, (str, dict)) else value
-        return [{"path": task} if isinstance(task, str) else task for task in given or ()]
+        given = [value] if isinstance(value, (str, dict)) else value or ()
+        if not isinstance(given, (list, tuple)):
+            raise ValueError("a list of tasks is wanted")
+        return [{"path": task} if isinstance(task, str) else task for task in given]
 
     @field_validator("tasks")
     @classmethod
@@ -401,7 +403,9 @@ class ControlsConfig(Section):
         gt=0,
     )
     prompts: int = _doc(64, "Held-out prompts on which both are measured.", gt=1)
-    checks: int = _doc(20, "Measurements per round, evenly spaced; one costs a forward pass.", gt=0)
+    checks: int = _doc(
+        20, "Measurements per round, evenly spaced, up to twice as many in a short one; one costs a forward pass.", gt=0
+    )
     backoff: float = _doc(
         0.3, "When a limit is crossed, go back to the last good step and on with this share of the rate.", gt=0, lt=1
     )
@@ -437,8 +441,8 @@ class ClusterConfig(Section):
     )
     launcher: str | None = _doc(
         None,
-        "Command that starts the processes on several machines, for example `srun --ntasks=16`; torchrun's variables or "
-        "Slurm's tell each which one it is. None: they are started here.",
+        "Command that starts the processes on several machines, for example `srun --ntasks=16 --kill-on-bad-exit=1`; "
+        "torchrun's variables or Slurm's tell each which one it is. None: they are started here.",
         execution=True,
     )
     players: Literal["whole", "sharded"] = _doc(

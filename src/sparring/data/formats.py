@@ -45,6 +45,8 @@ _KEYS = ("prompt", "completion", "system", "messages", "generated")
 _ROLES = {"human": "user", "gpt": "assistant"}
 _ROLE = re.compile(r"[A-Za-z][\w-]{0,31}")
 """Templates write roles out, so one with `|>` in it could close the turn it names."""
+_BESIDE = ("tool_calls", "function_call", "reasoning_content", "thinking")
+"""What some turns say beside their content; templates write it in their own ways."""
 _SPEAKERS = ("human", "gpt", "system", "user", "assistant")
 _WAY_OUT = "name yours with data.columns.prompt=… and data.columns.completion=… (or data.columns.messages=…)"
 
@@ -288,6 +290,8 @@ def _conversation(value: Any, column: str) -> list[Message]:
 def _turn(turn: Any, what: str) -> Message:
     if not isinstance(turn, dict):
         raise BadRow(f"{what} is {kind(turn)}, not an object with `role` and `content`")
+    if beside := next((key for key in _BESIDE if turn.get(key) and not _absent(turn[key])), None):
+        raise BadRow(f"{what} has {show(beside)}, of which nothing is read; write it into the content")
     sharegpt = "from" in turn and "role" not in turn
     role_key, text_key = ("from", "value") if sharegpt else ("role", "content")
     if role_key not in turn or text_key not in turn:

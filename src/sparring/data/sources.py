@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -37,8 +37,9 @@ class Source:
 def find(spec: str, split: str | None, config: str | None = None) -> Source:
     """Tell what a path or Hub id is, without reading rows.
 
-    `split` None takes what has one split only. Whatever looks like a path is never looked up on the Hub.
-    Raises InputError for a missing file, an unknown suffix, a folder without data and an unknown split.
+    `split` None takes what has one split only; of a folder, `config` is the folder in it. Whatever looks like a path is
+    never looked up on the Hub. Raises InputError for a missing file, an unknown suffix, a folder without data, an unknown
+    split or `config`, and for a split that lies in several folders.
     """
     if not spec:
         raise InputError("data.path: missing: name a JSONL, JSON, Parquet or CSV file, a `datasets` folder or a Hub id")
@@ -47,6 +48,8 @@ def find(spec: str, split: str | None, config: str | None = None) -> Source:
         if _is_hub_id(spec):
             return Source("hub", spec, split=split or "train", config=config)
         raise InputError(f"{spec}: no such file; {_nearby(path)}")
+    if config:
+        path = _configuration(path, config)
     if path.is_dir():
         return _find_in_folder(path, split)
     if path.suffix.lower() not in SUFFIXES:
@@ -90,12 +93,13 @@ def digest(source: Source) -> dict[str, str]:
 
 def _open(source: Source) -> Any:
     import datasets
+    from datasets.exceptions import DatasetsError
 
     try:
         if source.kind == "saved":
             return datasets.load_from_disk(source.name)
         return datasets.load_dataset(source.name, source.config, split=source.split)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, DatasetsError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         what = "this `datasets` folder" if source.kind == "saved" else "no such local file; as a Hub data set it"
         raise InputError(f"{source.name}: {what} cannot be loaded: {reason}") from None
@@ -115,6 +119,16 @@ def _nearby(path: Path) -> str:
         return f"nor is there a folder `{path.parent}`; a Hub id is written owner/name"
     near = difflib.get_close_matches(path.name, os.listdir(path.parent), 1)
     return f"the nearest is `{path.parent / near[0]}`" if near else "check the path; a Hub id is written owner/name"
+
+
+def _configuration(path: Path, name: str) -> Path:
+    """The folder of a configuration, as a clone of a Hub data set has it."""
+    saved = any((path / file).is_file() for file in ("dataset_dict.json", "state.json"))
+    if (path / name).is_dir() and not saved:
+        return path / name
+    known = sorted(p.name for p in path.glob("[!.]*/") if p.is_dir() and not saved)
+    it_has = f"it has {', '.join(known)}; " if known else ""
+    raise InputError(f"data.name: {path} has no folder `{name}`; {it_has}set data.name=null to read it as it is")
 
 
 def _find_in_folder(folder: Path, split: str | None) -> Source:
@@ -153,17 +167,34 @@ def _of_split(folder: Path, files: list[Path], split: str) -> list[Path]:
     So `train-00000-of-00002.parquet` counts as exact, and `train_sft.jsonl` is taken where no file is just `train`.
     """
     names = {path: [*path.relative_to(folder).parts[:-1], path.stem] for path in files}
-    words = {path: set(re.split(r"[^a-z]+", "/".join(parts).lower())) for path, parts in names.items()}
     exact = re.compile(re.escape(split) + r"([-_.]?\d.*)?")
-    strict = [path for path in files if any(exact.fullmatch(part) for part in names[path])]
-    chosen = strict or [path for path in files if split.lower() in words[path]]
-    known = sorted({word for path in files for word in words[path] if word in _SPLIT_WORDS})
+    strict = _above(names, lambda part: exact.fullmatch(part) is not None)
+    above = strict or _above(names, lambda part: split.lower() in _words(part))
+    if len(several := sorted(set(above.values()))) > 1:
+        raise InputError(
+            f"{folder}: split `{split}` lies in {' and '.join(several)}; choose one by data.name, or name that folder itself"
+        )
+    chosen = list(above)
+    known = sorted({word for parts in names.values() for part in parts for word in _words(part)} & {*_SPLIT_WORDS})
     if chosen or (split == "train" and not known):
         return chosen or files
     raise InputError(
         f"{folder}: no file of split `{split}`; "
         f"{'it has ' + ', '.join(known) if known else 'no file is named after a split'}; name the file itself"
     )
+
+
+def _above(names: dict[Path, list[str]], named: Callable[[str], bool]) -> dict[Path, str]:
+    """The files whose path has a part that is named so, and the folder in which the first such part lies.
+
+    Where that differs, each is a configuration: the same rows in another form, as GSM8K's `main` and `socratic`.
+    """
+    places = {path: [named(part) for part in parts] for path, parts in names.items()}
+    return {path: "/".join(names[path][: at.index(True)]) or "." for path, at in places.items() if any(at)}
+
+
+def _words(part: str) -> set[str]:
+    return set(re.split(r"[^a-z]+", part.lower()))
 
 
 def _read_json_object(path: Path) -> dict[str, Any]:

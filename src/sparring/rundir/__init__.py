@@ -65,9 +65,10 @@ class RunDir:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 stream.seek(0)
-                raise BusyError(f"{self.path}: in use by {stream.read().strip() or 'another process'}") from None
+                holder = stream.readline().strip() or "another process"
+                raise BusyError(f"{self.path}: in use by {holder}") from None
             stream.truncate(0)
-            stream.write(f"process {os.getpid()} on {socket.gethostname()}")
+            stream.write(f"process {os.getpid()} on {socket.gethostname()}\n{began(os.getpid())}")
             stream.flush()
             self.lock_handle = stream.fileno()
             try:
@@ -100,7 +101,7 @@ class RunDir:
             counts = dict(make(partial))
             seconds = round(record["seconds"] + time.perf_counter() - started, 3)
             # Whatever wrote them: a finished stage must not lose files to a power cut.
-            for path in partial.rglob("*"):
+            for path in self._written(stage):
                 sync(path)
             write_json(partial / "stage.json", {**_record(stage), "counts": counts, "seconds": seconds})
         sync(partial)
@@ -132,12 +133,14 @@ class RunDir:
 
     def _work(self, stage: Stage) -> list[Path]:
         """The files that earlier processes left of an unfinished stage."""
+        own = ("stage.json", "key")
+        return [p for p in self._written(stage) if p.is_file() and p.name not in own and p.name[0] != "."]
+
+    def _written(self, stage: Stage) -> list[Path]:
+        """Files and folders of an unfinished stage, the log of its training among them."""
         folder = self.path / stage.folder
         places = [_partial(folder), *([folder.with_name("train")] if stage.name == "player" else [])]
-        own = ("stage.json", "key")
-        return [
-            p for place in places for p in place.rglob("*") if p.is_file() and p.name not in own and p.name[0] != "."
-        ]
+        return [path for place in places if place.exists() for path in (*place.rglob("*"), place)]
 
     def record_roles(self, folder: str, roles: Mapping[str, Player]) -> None:
         """Write down who is frozen as what, before anything of the round runs."""
@@ -152,7 +155,7 @@ class RunDir:
     def touched(self, stages: Sequence[Stage]) -> list[Touched]:
         """Stages on disk, whole or partial, whose key differs from the plan's, and why."""
         found = []
-        for stage in stages:
+        for stage in (*stages, *self._beside(stages)):
             record = self.path / stage.folder / "stage.json"
             begun = _partial(record.parent) / "stage.json"
             if not record.exists() and self._work(stage):
@@ -162,16 +165,28 @@ class RunDir:
                 found.append(Touched(stage.folder, _differences(old, stage)))
         return found
 
+    def _beside(self, stages: Sequence[Stage]) -> list[Stage]:
+        """The tasks on disk that are none of these stages and whose inputs change, with those as they are now.
+
+        They would be taken for those of the player that is made anew.
+        """
+        keys = {name: key for stage in stages for name, key in {stage.folder: stage.key, **stage.inputs}.items()}
+        planned = {stage.folder for stage in stages}
+        found = []
+        for file in sorted(self.path.glob("*/tasks/*/stage.json")):
+            old = read_json(file)
+            inputs = {name: keys.get(name, key) for name, key in old["inputs"].items()}
+            if file.parent.suffix != ".partial" and old["folder"] not in planned and inputs != old["inputs"]:
+                found.append(Stage(old["folder"], old["name"], old["settings"], inputs))
+        return found
+
     def supersede(self, touched: Sequence[Touched]) -> Path:
-        """Move stages, and the tasks done of a player among them, out of the way into `superseded/N/`; nothing is deleted."""
+        """Move stages out of the way into `superseded/N/`; nothing is deleted."""
         base = self.path / "superseded"
         target = base / str(1 + max((int(p.name) for p in base.glob("[0-9]*")), default=0))
         folders = {item.folder: self.path / item.folder for item in touched}
-        # Tasks beside the plan would be taken for those of the player that is made anew
-        records = self.path.glob("*/tasks/*/stage.json")
-        beside = [p.parent for p in records if folders.keys() & read_json(p)["inputs"].keys()]
         # Last first: a kill in between leaves no stage whose input is gone.
-        for folder in [*(p for p in beside if p not in folders.values()), *reversed(folders.values())]:
+        for folder in reversed(folders.values()):
             leftovers = [folder, _partial(folder)]
             if folder.name == "player":
                 leftovers.append(folder.with_name("train"))
@@ -205,6 +220,9 @@ class RunDir:
         temporary.replace(self.path / "best")
 
     def _make_folder(self) -> None:
+        found = [name for name in _OURS if os.path.lexists(self.path / name)]
+        if found and not (self.path / "env.json").exists():
+            raise InputError(f"{self.path}: is no run but holds a `{found[0]}`; give another run directory (--out)")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             (self.path / "lock").touch()
@@ -214,9 +232,6 @@ class RunDir:
             if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
                 raise
             raise InputError(f"{error.filename}: cannot write there; give another run directory (--out)") from None
-        found = [name for name in _OURS if os.path.lexists(self.path / name)]
-        if found and not (self.path / "env.json").exists():
-            raise InputError(f"{self.path}: is no run but holds a `{found[0]}`; give another run directory (--out)")
 
 
 def _differences(old: Mapping[str, Any], new: Stage) -> tuple[str, ...]:
@@ -244,6 +259,16 @@ def _record(stage: Stage) -> dict[str, Any]:
 
 def _partial(folder: Path) -> Path:
     return folder.with_name(folder.name + ".partial")
+
+
+def began(process: int) -> str:
+    """When a process of this host began, in clock ticks since the system did; empty where that cannot be told."""
+    try:
+        told = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+    # The fields behind the name, which may hold anything
+    return told.rpartition(")")[2].split()[19]
 
 
 def best_target(run: Path, player: Player) -> str:

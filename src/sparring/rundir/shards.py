@@ -75,6 +75,7 @@ class ShardedStates:
             # Later states have larger names: backoffs never fall, and between two of them steps only rise
             target = place / f"{int(tensors['backoffs']):04d}-{step:09d}"
             shutil.rmtree(target, ignore_errors=True)
+            self._kept.sync_log()
             sync(writing)
             writing.rename(target)
             sync(place)

@@ -48,9 +48,7 @@ class TrainStates:
 
         file = self.folder / "state" / "last.safetensors"
         file.parent.mkdir(exist_ok=True)
-        if self._log.exists():
-            # After a power cut the log must reach as far as the state.
-            sync(self._log)
+        self.sync_log()
         with whole(file) as temporary:
             save_file({k: v.contiguous() for k, v in tensors.items()} | {"step": torch.tensor(step)}, str(temporary))
         for shards in file.parent.glob("*-*"):
@@ -60,6 +58,11 @@ class TrainStates:
         """Append a line to the training log."""
         with self._log.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(row) + "\n")
+
+    def sync_log(self) -> None:
+        """Before a state is kept: after a power cut the log must reach as far as that."""
+        if self._log.exists():
+            sync(self._log)
 
     def keep_batch(self, step: int, groups: Sequence[Group]) -> str:
         """Write the groups of a step that went wrong; returns where."""

@@ -136,7 +136,7 @@ def player(shop: Workshop, folder: Path, *, r: RoundPlan) -> Counts:
     held: Mapping[str, Sequence[Frozen]] = scored
     counts: dict[str, Any] = {}
     if r.method.select is not None:
-        paired, held = _selected(paired, held, r.method.select)
+        paired, held = selected(paired, held, r.method.select)
         counts["selected"] = len(paired)
     # One order of groups per (seed, round); `train` adds the epoch.
     seed = shop.config.seed * 1009 + r.t - shop.plan.first
@@ -274,7 +274,7 @@ def _told(progress: Progress, done: int, total: int, row: Mapping[str, float]) -
     progress.reached(done)
 
 
-def _selected(
+def selected(
     paired: Sequence[Group],
     held: Mapping[str, Sequence[Frozen]],
     select: Callable[[Sequence[Group], Mapping[str, Sequence[Frozen]]], Sequence[Group | None]],
