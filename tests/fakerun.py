@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,13 @@ from typing import Any
 from sparring.config import Config, DataConfig, EvaluateConfig, ModelConfig
 from sparring.errors import InputError
 from sparring.types import Example, Frozen, Group, Message, Player, Sample
+
+
+class Table(list[Any]):
+    """Rows as `RoundView.rows` gives them."""
+
+    def column(self, name: str) -> Iterator[Any]:
+        return (getattr(row, name) for row in self)
 
 
 def share(mean: float, n: int = 200) -> dict[str, float]:
@@ -61,11 +69,11 @@ def round_view(
 
     done = stages or {"samples": "done", "groups": "done", "frozen": "done", "player": "done", "eval": "done"}
 
-    def read(stage: str, row_type: type) -> list[Any]:
+    def read(stage: str, row_type: type) -> Table:
         if done.get(stage) != "done":
             raise InputError(f"round_{t:03d}/{stage}: this stage is not done yet")
         assert all(isinstance(row, row_type) for row in rows[stage])
-        return rows[stage]
+        return Table(rows[stage])
 
     log = [
         {

@@ -136,6 +136,25 @@ def test_license_and_base_are_the_starts_own(finished_run: Path, tmp_path: Path)
     assert "license" not in yaml.safe_load(card.model_card(view, 1).split("---")[1])
 
 
+@pytest.mark.parametrize(
+    ("method", "name", "given", "shown"),
+    [
+        ("exspin", "verifier", "/home/me/my work/judge.py:right", "judge.py:right"),
+        ("inpo", "scorer", "verifier:/home/me/judge.py:right", "verifier:judge.py:right"),
+        ("inpo", "scorer", "verifier:gsm8k", "verifier:gsm8k"),
+    ],
+)
+def test_a_card_names_no_path(
+    method: str, name: str, given: str, shown: str, finished_run: Path, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(finished_run, tmp_path / "run", symlinks=True))
+    tree = yaml.safe_load((run / "config.yaml").read_text())
+    tree["rounds"] = [{"method": "sft"}, {"method": method, name: given, "repeat": 2}]
+    (run / "config.yaml").write_text(yaml.safe_dump(tree))
+    text = card.model_card(RunView(run), 2)
+    assert f"\n- {name}: {shown}\n" in text and "/home" not in text
+
+
 def test_text_cannot_break_a_card() -> None:
     assert card._code("a`b|c\nd\u202e") == "a'b\\|c d\\u202e"
     assert card._slug("ünï run|") == "ünï-run"

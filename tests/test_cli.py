@@ -63,6 +63,8 @@ COMMANDS = {
         "--judge-model",
         "--key-env",
         "--concurrency",
+        "--timeout",
+        "--retries",
         "--baseline",
         "--limit",
         "--max-new-tokens",
@@ -76,6 +78,8 @@ COMMANDS = {
         "--judge-model",
         "--key-env",
         "--concurrency",
+        "--timeout",
+        "--retries",
         "--generator",
         "--limit",
         "--max-new-tokens",
@@ -124,6 +128,10 @@ def test_help_names_every_command() -> None:
     for name in COMMANDS:
         code, out, _ = cli(name, "--help")
         assert code == 0 and "Usage:" in out
+
+
+def test_without_anything_it_is_the_help() -> None:
+    assert cli() == cli("--help") and cli().out.count("\n") > len(COMMANDS)
 
 
 def test_version() -> None:
@@ -297,6 +305,16 @@ def test_check_loads_no_weights(tiny_recipe: dict[str, Any], tmp_path: Path, no_
     assert not (tmp_path / "run").exists()
     assert re.search(r"\b12\b.*train|train.*\b12\b", out) and re.search(r"\b4\b.*held|held.*\b4\b", out)
     assert "golds_cut" in out or re.search(r"12 .*cut|cut.* 12", out)
+
+
+def test_check_refuses_what_the_evaluation_would(tiny_recipe: dict[str, Any], tmp_path: Path) -> None:
+    tree = tiny_recipe | {"evaluate": tiny_recipe["evaluate"] | {"max_new_tokens": 250}}
+    file = write_recipe(tmp_path / "recipe.yaml", tree)
+    code, out, err = cli("check", file)
+    assert (code, out) == (2, "") and "the prompt has 48 tokens and the limit is 6" in err and err.count("\n") == 1
+    assert tuple(cli("--quiet", "run", file)) == (2, "", err)
+    # Nothing is asked of what is not there
+    assert cli("check", file, "data.heldout_size=0").code == 0
 
 
 def test_init_writes_the_defaults(tmp_path: Path) -> None:

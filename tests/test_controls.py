@@ -520,6 +520,10 @@ def test_a_run_stops_after_rounds_that_did_not_help(
     code, out, err = cli("status", tmp_path / "run")
     assert (code, err) == (0, "")
     assert f"round 3 was not begun: {why}" in out
+    # Nothing is claimed while the newest player is still being measured
+    cut = Path(shutil.copytree(tmp_path / "run", tmp_path / "cut", symlinks=True))
+    shutil.rmtree(cut / "round_002" / "eval")
+    assert RunView(cut).stop_reason(3) is None and RunView(cut).control_lines() == []
     # The same call, and the run's own name, do not go on
     before = records(tmp_path / "run")
     for again in (tree, tmp_path / "run"):

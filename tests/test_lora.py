@@ -524,7 +524,8 @@ def test_export(made: Made, tmp_path: Path) -> None:
     assert {p.dtype for p in whole.parameters()} == {torch.float32}
     assert (logps(whole) - logps(made.shop.model(two))).abs().max() < 1e-6
     card = (tmp_path / "sub" / "whole" / "README.md").read_text()
-    assert card == f"card\nMerged into its base {made.start.path} (content hash {made.start.sha[:16]}).\n"
+    name = Path(made.start.path).name
+    assert card == f"card\nMerged into its base {name} (content hash {made.start.sha[:16]}).\n"
     assert load_tokenizer(str(tmp_path / "sub" / "whole")).chat_template == "t"
     for merge in (False, True):
         players.export_player(made.start.path, tmp_path / f"start{merge}", PLAIN, merge=merge)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import shutil
 import signal
 import socket
 import threading
@@ -13,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 import sparring
 from fakerun import round_view, run_view
 from helpers import cli, recipe, rows, tree_hash, write_jsonl
+from rundirs import needs_proc
 from sparring import progress
 from sparring.progress import Live, Progress, Rates, words
 from sparring.rundir import RunDir
@@ -308,7 +312,6 @@ def test_status_of_a_finished_run(finished_run: Path) -> None:
 
 
 def test_a_holder_that_was_killed_is_none(tmp_path: Path, finished_run: Path) -> None:
-    import shutil
     import subprocess
     import sys
 
@@ -327,9 +330,19 @@ def test_a_holder_that_was_killed_is_none(tmp_path: Path, finished_run: Path) ->
     assert RunView(run).live is None
 
 
-def test_a_run_is_finished_when_every_round_is_or_self_play_stopped(finished_run: Path, tmp_path: Path) -> None:
-    import shutil
+@needs_proc
+def test_a_process_that_only_has_the_number_of_the_holder_is_none(tmp_path: Path, finished_run: Path) -> None:
+    run = Path(shutil.copytree(finished_run, tmp_path / "run", symlinks=True))
+    holder = f"process {os.getpid()} on {socket.gethostname()}"
+    with RunDir(run).lock():
+        told, began = (run / "lock").read_text().splitlines()
+        assert told == RunView(run).holder == holder
+    for text, found in ((f"{holder}\n{int(began) - 1}", None), (f"{holder}\n{began}", holder), (f"{holder}\n", holder)):
+        (run / "lock").write_text(text)
+        assert RunView(run).holder == found
 
+
+def test_a_run_is_finished_when_every_round_is_or_self_play_stopped(finished_run: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(finished_run, tmp_path / "run", symlinks=True))
     assert RunView(run).finished
     shutil.rmtree(run / "round_001" / "eval")
@@ -362,9 +375,16 @@ def test_watching_ends_with_the_run(tmp_path: Path, tiny_model: Path, monkeypatc
     assert cli("status", path, "-w").out.strip() == cli("status", path).out.strip()
 
 
-def test_ctrl_c_leaves_a_watch_quietly(tmp_path: Path, finished_run: Path, request: pytest.FixtureRequest) -> None:
-    import shutil
+def test_a_watch_fits_the_terminal(finished_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What does not fit is left out until the last state, which is whole: taller frames would pile up."""
+    monkeypatch.setattr(views_live, "looks", lambda path, every: iter([RunView(path)] * 5))
+    console = Console(file=io.StringIO(), force_terminal=True, width=120, height=6)
+    views_live.watch(finished_run, console)
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert shown.count("on disk") == 6 and shown.count("gold_nll in nats, lower is better") == 1
 
+
+def test_ctrl_c_leaves_a_watch_quietly(tmp_path: Path, finished_run: Path, request: pytest.FixtureRequest) -> None:
     ours = signal.signal(signal.SIGINT, signal.default_int_handler)
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, ours))
     run = Path(shutil.copytree(finished_run, tmp_path / "run", symlinks=True))

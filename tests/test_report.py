@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from fakerun import example, item, round_view, run_view, sample, summary
+from helpers import cli
 from hostile import ALL_OF_IT, HOSTILE, hostile_run
 from sparring.config import Config, EvaluateConfig
 from sparring.errors import InputError
@@ -23,10 +24,12 @@ from sparring.report import fingerprint, page, refresh_report, write_report
 from sparring.report.curves import Chart, Line, by_round, by_step, draw, tick
 from sparring.report.examples import MOST_EXAMPLES, gather, waterline
 from sparring.report.rescore import rescore
+from sparring.report.table import rows
 from sparring.report.tokens import END, Duel, classes, coloured, duels, moved, split
 from sparring.report.verdict import verdict
 from sparring.rundir.view import RunView
 from sparring.types import Frozen, Player, Sample
+from sparring.views import live
 
 
 class Parsed(HTMLParser):
@@ -104,6 +107,44 @@ def test_verdict_says_gain_noise_loss_and_what_is_missing(
     figures: dict[int, Any], best: int | None, sentence: str
 ) -> None:
     assert verdict(run_view(Path("."), evaluation=figures.get, best=best)).sentence == sentence
+
+
+ANSWERS = "40.0 % of held-out prompts right when sampling."
+
+
+@pytest.mark.parametrize(
+    ("rule", "figures", "best", "sentence"),
+    [
+        # Killed behind SFT: self-play has not begun
+        ("auto", {-1: summary(0.1, 0.1, 13.0), 0: summary(0.4, 0.4, 12.0)}, None, f"Player 0 answers {ANSWERS}"),
+        # Another figure chose than the one that is told, by which a later player is far better
+        ("gold_nll", evaluations(0.4, 0.6, 14.0), 0, f"Player 0 is the best; it answers {ANSWERS}"),
+        ("last", evaluations(0.4, 0.6), 0, f"Player 0 is the best; it answers {ANSWERS}"),
+        ("sampled", evaluations(0.4, 0.2), 0, f"No round improved on player 0, which answers {ANSWERS}"),
+    ],
+)
+def test_verdict_says_no_round_improved_only_where_that_was_measured(
+    rule: Any, figures: dict[int, Any], best: int | None, sentence: str
+) -> None:
+    config = Config(evaluate=EvaluateConfig(verifier="gsm8k", best=rule))
+    players = {n: Player(f"p{n}", n, f"{n}" * 64) for n in figures}
+    run = run_view(Path("."), evaluation=figures.get, best=best, config=config, players=players)
+    assert verdict(run).sentence == sentence
+
+
+def test_figures_from_elsewhere_are_not_paired_by_the_run_s_items() -> None:
+    """Not even where those differ by as much."""
+
+    def items(player: int) -> Any:
+        return (item(f"h{i}", "sampled", "", i < (30 if player else 20)) for i in range(50))
+
+    figures = evaluations(0.4, 0.6)
+    run = run_view(Path("."), evaluation=figures.get, items=items, best=1)
+    assert verdict(run).detail.endswith("The 95 % interval is paired over 50 prompts.")
+    assert verdict(run, figures).detail.endswith("The 95 % interval is unpaired.")
+    assert "+10.4 to +29.6" in verdict(run, figures).sentence
+    own, others = ([row.cells[0].gain for row in rows(run, given, {})[1]][1] for given in (None, figures))
+    assert others == "▲\u00a0+20.0 [+10.4,\u00a0+29.6]" != own
 
 
 def test_verdict_pairs_by_prompt_when_every_item_is_kept() -> None:
@@ -239,7 +280,17 @@ def test_samples_are_shown_where_nothing_was_evaluated_and_at_most_so_many() -> 
     run = run_view(Path("."), rounds=[round_view(0, "spin", many)], examples={"e0": example("e0", "Why?", "So.")})
     seen = Parsed(page(run, {}))
     assert "text 47;" in seen.text and "text 48;" not in seen.text and "Why?" in seen.text
-    assert "round 0 sampled, 3 tokens" in seen.text
+    assert "round 0 sampled, 3 tokens" in seen.text and "48 of 60 prompts." in seen.text
+
+
+def test_as_many_prompts_are_shown_where_each_has_several_samples() -> None:
+    eight = [replace(sample(f"e{i}", f"text {i}.{k};"), index=k) for i in range(60) for k in range(8)]
+    browser = gather(run_view(Path("."), rounds=[round_view(0, "spin", eight)], examples={}))
+    assert [shown.id for shown in browser.shown] == [f"e{i}" for i in range(48)] and browser.total == 60
+    assert [[answer.text.rest for answer in shown.answers] for shown in browser.shown[:2]] == [
+        ["text 0.0;"],
+        ["text 1.0;"],
+    ]
 
 
 def browsed(answers: dict[int, dict[str, tuple[bool, str, int]]]) -> Any:
@@ -293,6 +344,18 @@ def test_a_run_that_has_just_begun_has_a_page() -> None:
     waiting = round_view(0, "spin", stages={"samples": "partial"}, seconds={})
     run = run_view(Path("."), rounds=[waiting], players={}, best=None, evaluation=lambda n: None)
     assert "No player has been evaluated yet." in Parsed(page(run, {})).text
+
+
+def test_a_run_that_was_cut_before_its_start_was_written_is_told(finished_run: Path, tmp_path: Path) -> None:
+    for name in ("env.json", "config.yaml"):
+        shutil.copy(finished_run / name, tmp_path / name)
+    run = RunView(tmp_path)
+    assert (run.players, run.finished, run.control_lines(), live.report(run)["players"]) == ({}, False, [], [])
+    for arguments in (["status"], ["status", "--json"], ["report"]):
+        code, out, err = cli(*arguments, tmp_path)
+        assert (code, err) == (0, "") and out
+    text = Parsed((tmp_path / "report.html").read_text(encoding="utf-8")).text
+    assert "No player has been evaluated yet." in text
 
 
 def test_an_unwritable_place_is_one_clear_line(tmp_path: Path) -> None:

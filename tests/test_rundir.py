@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import sparring
-from helpers import cli, player_shas, recipe, rows, tree_hash, write_jsonl, write_model
+from helpers import cli, player_shas, recipe, rows, tree_hash, write_jsonl, write_model, write_recipe
 from rundirs import records, refused
 from sparring import api
 from sparring.errors import BusyError, InputError
@@ -51,7 +51,7 @@ def test_a_second_process_fails_at_once(copied: Path) -> None:
         holder.kill()
     # The system frees the lock of a killed process.
     with RunDir(copied).lock():
-        assert (copied / "lock").read_text() == f"process {os.getpid()} on {socket.gethostname()}"
+        assert (copied / "lock").read_text().splitlines()[0] == f"process {os.getpid()} on {socket.gethostname()}"
     assert sparring.run(copied).best == 2
     assert (copied / "lock").read_text() == ""
 
@@ -210,11 +210,35 @@ def test_foreign_folders_are_left_alone(tiny_recipe: dict[str, Any], tmp_path: P
     (tmp_path / "run" / "config.yaml").write_text("mine")
     with pytest.raises(InputError, match=r"is no run but holds a `config\.yaml`"):
         sparring.run(tiny_recipe)
+    assert tree_hash(tmp_path / "run").keys() == {"config.yaml"}
     assert (tmp_path / "run" / "config.yaml").read_text() == "mine"
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file" / "run"):
         with pytest.raises(InputError, match="is a file, not a folder"):
             sparring.run(tiny_recipe, out=path)
+
+
+def test_a_recipe_may_be_called_as_a_runs_own(tiny_recipe: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "project").mkdir()
+    file = write_recipe(tmp_path / "project" / "config.yaml", tiny_recipe | {"rounds": [{"method": "sft"}]})
+    before = tree_hash(tmp_path / "project")
+    assert sparring.run(file).path == tmp_path / "run"
+    assert tree_hash(tmp_path / "project") == before
+    # In a run it is the run's, wherever that was moved to
+    (tmp_path / "run").rename(tmp_path / "moved")
+    assert sparring.run(tmp_path / "moved" / "config.yaml").path == tmp_path / "moved"
+
+
+def test_a_run_has_its_name_from_within(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    card = (copied / "round_001" / "player" / "README.md").read_text().replace("finished", "copied")
+    monkeypatch.chdir(copied)
+    code, _, err = cli("--quiet", "run", ".")
+    assert (code, err) == (0, "")
+    assert (copied / "round_001" / "player" / "README.md").read_text() == card
+    assert "name: copied-player-2\n" in card and "# Player 2 of copied\n" in card
+    assert cli("status", ".").out.startswith("copied  ")
+    assert "<title>copied" in (copied / "report.html").read_text(encoding="utf-8")
+    assert RunView("round_001/..").name == "copied"
 
 
 def test_another_working_directory(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -282,6 +282,41 @@ def test_an_unknown_tracker_is_refused(tiny_model: Path, tiny_data: Path, tmp_pa
     assert "track.too" in cli(*given, "track.too=[wandb]").err
 
 
+def test_evaluations_are_told_in_whatever_order_they_are_done(
+    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Player 2 is trained before player 1 is evaluated: `sparring train RUN --round 1`, then `eval RUN --round 0`."""
+    heard = fakes(monkeypatch)
+    rows = lines(finished_run)
+    late = next(row for row in rows if row["stage"] == "eval" and row["player"] == 1)
+    order = [row for row in rows if row is not late] + [late]
+    config = sparring.config.TrackConfig(to=("wandb",))
+    for end in (len(order) - 1, len(order), len(order)):  # in three processes
+        trackers = sinks.Trackers(tmp_path, config, dict)
+        for row in sorted(order[:end], key=rows.index):
+            trackers.tell(row)
+    (told,) = heard["wandb"].values()
+    assert [(t[1], t[2]) for t in told] == [(row["global_step"], row["time"]) for row in order]
+
+
+def test_what_an_older_version_told_is_not_told_again(
+    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its one mark was of evaluations as well: here it had come to player 0's."""
+    heard = fakes(monkeypatch)
+    rows = lines(finished_run)
+    (tmp_path / "metrics.jsonl").write_bytes((finished_run / "metrics.jsonl").read_bytes())
+    (tmp_path / "track").mkdir()
+    state = {"name": "run-1", "marks": {"wandb": [0, 1, 0, 3]}, "tasks": {"wandb": ["0/sums"]}}
+    (tmp_path / "track" / "state.json").write_text(json.dumps(state))
+    trackers = sinks.Trackers(tmp_path, sparring.config.TrackConfig(to=("wandb",)), dict)
+    for row in (*rows, rows[4] | {"stage": "task", "task": "sums"}):
+        trackers.tell(row)
+    assert (
+        [t[1] for t in heard["wandb"]["run-1"]] == [row["global_step"] for row in rows[5:]] == [4, 5, 6, 6, 7, 8, 9, 9]
+    )
+
+
 def test_a_damaged_state_is_begun_anew(tmp_path: Path) -> None:
     (tmp_path / "track").mkdir()
     (tmp_path / "track" / "state.json").write_text('{"na')

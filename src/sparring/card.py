@@ -16,6 +16,7 @@ import yaml
 from sparring import players
 from sparring.evaluate.core import is_share
 from sparring.formatting import NONE, figure, visible
+from sparring.plugins import is_file_reference
 from sparring.rundir.store import read_json, write_text
 
 if TYPE_CHECKING:
@@ -127,8 +128,14 @@ def _what(run: RunView, number: int, made: Sequence[RoundView]) -> str:
         f"{_numbered(last, 'start')}. The run began with {origin}."
     ]
     values = {**settings.hyper, **settings.train.identity()}
-    parts.append("Settings:\n\n" + "\n".join(f"- {name}: {value}" for name, value in values.items()))
+    parts.append("Settings:\n\n" + "\n".join(f"- {name}: {_placeless(value)}" for name, value in values.items()))
     return "\n\n".join(parts)
+
+
+def _placeless(value: Any) -> Any:
+    """A setting without the folder of the file that it names."""
+    named = isinstance(value, str) and is_file_reference(value)
+    return re.sub(r"^(verifier:)?.*/", r"\1", value) if named else value
 
 
 def _numbered(r: RoundView, role: str) -> str:

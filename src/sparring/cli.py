@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="sparring",
     help="Self-play fine-tuning of language models: a model grows stronger on its own SFT data by playing itself.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -46,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        result = app(given, standalone_mode=False, obj=shlex.join(["sparring", *given]))
+        result = app(given or ["--help"], standalone_mode=False, obj=shlex.join(["sparring", *given]))
         return result if isinstance(result, int) else 0
     except Exception as error:
         line = told(error)
@@ -180,7 +179,7 @@ def evaluate(
         _print(views.status(view))
         return
     view = RunView(path)
-    number = t + 1 if t is not None else preview.chosen_number(view, player or "")
+    number = preview.chosen_number(view, str(t + 1) if t is not None else player or "")
     if against is not None:
         run, _, name = against.rpartition(":")
         other = RunView(run) if run else view
@@ -197,13 +196,13 @@ def _versus(
     view: RunView, number: int, other: RunView, against: int, tasks: Sequence[str], scorer: str | None
 ) -> RenderableType:
     from sparring import views
+    from sparring.config import TaskConfig
     from sparring.evaluate import versus_players
     from sparring.judge.score import load_scorer
 
     judge = load_scorer(scorer) if scorer else None
-    found = {
-        task: versus_players(view, number, other, against, task=task or None, scorer=judge) for task in tasks or [""]
-    }
+    labels = [TaskConfig(path=name).label for name in tasks] or [""]
+    found = {task: versus_players(view, number, other, against, task=task or None, scorer=judge) for task in labels}
     same = view.path == other.path
     names = [f"player {n}" if same else f"{run.name}: player {n}" for run, n in ((view, number), (other, against))]
     return views.versus(names[0], names[1], found)
@@ -440,6 +439,8 @@ JUDGE_HELP = "A model's folder, http://host:port/v1 with --judge-model, or ./fil
 JudgeModel = Annotated[str | None, typer.Option("--judge-model", help="The model's name at an endpoint.")]
 KeyVariable = Annotated[str | None, typer.Option("--key-env", help="Environment variable with the endpoint's key.")]
 Concurrency = Annotated[int | None, typer.Option("--concurrency", min=1, help="Requests to an endpoint at a time.")]
+Timeout = Annotated[float | None, typer.Option("--timeout", help="Seconds for an endpoint's reply  [default: 120]")]
+Retries = Annotated[int | None, typer.Option("--retries", min=0, help="Further tries of a request  [default: 5]")]
 PlayerPath = Annotated[str, typer.Argument(metavar="PLAYER", help="A model's folder or Hub id; RUN/best is one.")]
 
 
@@ -453,6 +454,8 @@ def mt_bench(
     judge_model: JudgeModel = None,
     key_env: KeyVariable = None,
     concurrency: Concurrency = None,
+    timeout: Timeout = None,
+    retries: Retries = None,
     baseline: Annotated[str | None, typer.Option(help="Judge pairwise against this player, in both orders.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="The first so many questions of each category.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 1024,
@@ -466,7 +469,7 @@ def mt_bench(
     with _resumable(context.obj):
         result = run_mt_bench(
             chat(ModelConfig(path=player)),
-            _judge(judge, judge_model, key_env, concurrency),
+            _judge(judge, judge_model, key_env, concurrency, timeout, retries),
             data,
             out,
             baseline=chat(ModelConfig(path=baseline)) if baseline else None,
@@ -489,6 +492,8 @@ def alpaca(
     judge_model: JudgeModel = None,
     key_env: KeyVariable = None,
     concurrency: Concurrency = None,
+    timeout: Timeout = None,
+    retries: Retries = None,
     generator: Annotated[str | None, typer.Option(help="The player's name in outputs.json; its folder's.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="The first so many instructions.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 2048,
@@ -506,7 +511,7 @@ def alpaca(
             Path(player) if outputs else chat(ModelConfig(path=player)),
             data,
             out,
-            judge=None if judge is None else _judge(judge, judge_model, key_env, concurrency),
+            judge=None if judge is None else _judge(judge, judge_model, key_env, concurrency, timeout, retries),
             generator=generator or Path(player).resolve().name,
             limit=limit,
             seed=seed,
@@ -516,10 +521,13 @@ def alpaca(
     typer.echo("\n".join([*summary_lines(result), f"result: {out / 'result.json'}"]))
 
 
-def _judge(name: str, model: str | None, key_env: str | None, concurrency: int | None) -> Judge:
+def _judge(
+    name: str, model: str | None, key_env: str | None, concurrency: int | None, timeout: float | None,
+    retries: int | None,
+) -> Judge:  # fmt: skip
     from sparring.judge.replies import load_judge
 
-    settings = {"api_key_env": key_env, "concurrency": concurrency}
+    settings = {"api_key_env": key_env, "concurrency": concurrency, "timeout": timeout, "retries": retries}
     return load_judge(name, model=model, **{key: value for key, value in settings.items() if value is not None})
 
 

@@ -399,7 +399,8 @@ def export_player(path: str, out: Path, config: ModelConfig, *, merge: bool = Fa
         tokenizer = load_tokenizer(path, revision=config.revision, trust_remote_code=config.trust_remote_code)
         if is_adapter(path):
             base = base_of(path)
-            card += f"\nMerged into its base {base.path} (content hash {base.sha[:16]}).\n"
+            name = Path(base.path).name if looks_local(base.path) else base.path
+            card += f"\nMerged into its base {name} (content hash {base.sha[:16]}).\n"
         template: Any = tokenizer.chat_template
         save_player(
             load_model(path, config.model_copy(update={"quantize": None})),

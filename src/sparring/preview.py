@@ -35,7 +35,7 @@ class Preview:
 
 
 def check(recipe: Tree | Path | str, overrides: Sequence[str] = ()) -> Preview:
-    """Load and render a recipe's training data. Raises InputError as a run would."""
+    """Load and render a recipe's data; what is told is of the training data. Raises InputError as a run would."""
     from sparring.api import prepare
 
     config = prepare(recipe, overrides).config
@@ -47,6 +47,8 @@ def check(recipe: Tree | Path | str, overrides: Sequence[str] = ()) -> Preview:
     longest = max(r.play.max_new_tokens for r in config.rounds)
     model = players.model_config(config.model.path, config.model)
     rendering = fitted(loaded.train, config, model, tokenizer, renderer, longest)
+    if asked := loaded.heldout[: config.evaluate.limit]:
+        fitted(asked, config, model, tokenizer, renderer, config.evaluation_play.max_new_tokens)
     counts = {**loaded.counts, **rendering.counts}
     return Preview(rendering, renderer, counts, len(loaded.train), len(loaded.heldout))
 

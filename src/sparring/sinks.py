@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 from sparring.config import TrackConfig, Tree
 from sparring.errors import InputError
-from sparring.rundir import TRACK
+from sparring.rundir import TRACK, metrics
 from sparring.rundir.metrics import Row
 
 log = logging.getLogger("sparring")
@@ -125,21 +125,21 @@ class Trackers:
         found = _read(self._state) if self._waiting else {}
         self._name: str = found.get("name", "")
         self._marks: dict[str, list[int]] = found.get("marks", {})
-        self._tasks: dict[str, list[str]] = found.get("tasks", {})
-        """Tracker to the tasks it was told of: they may be done for any player at any time."""
+        self._told: dict[str, list[str]] = found.get("told") or _told(found, run)
+        """Tracker to the evaluations and tasks it was told of: they may be done for any player at any time."""
 
     def tell(self, row: Row) -> None:
         """Hand a line of the metrics to every tracker that has not had it."""
-        place, task = _place(row), f"{row['player']}/{row['task']}" if row["stage"] == "task" else None
+        place, measured = _place(row), _measured(row)
         for name in (*self._waiting, *self._open):
-            tasks = self._tasks.setdefault(name, [])
-            if (place > self._marks.get(name, [])) if task is None else (task not in tasks):
+            told = self._told.setdefault(name, [])
+            if (place > self._marks.get(name, [])) if measured is None else (measured not in told):
                 with self._guarded(name):
                     self._sink(name).log(_tagged(row), row["global_step"], row["time"])
-                    if task is None:
+                    if measured is None:
                         self._marks[name] = place
                     else:
-                        tasks.append(task)
+                        told.append(measured)
                     self._keep()
 
     def close(self) -> None:
@@ -163,7 +163,7 @@ class Trackers:
         # Once a line, so without waiting for the disk: what a power cut takes is told twice
         temporary = self._state.with_name(f".{self._state.name}.tmp")
         temporary.write_text(
-            json.dumps({"name": self._name, "marks": self._marks, "tasks": self._tasks}), encoding="utf-8"
+            json.dumps({"name": self._name, "marks": self._marks, "told": self._told}), encoding="utf-8"
         )
         os.replace(temporary, self._state)
 
@@ -181,6 +181,20 @@ class Trackers:
 def _place(row: Row) -> list[int]:
     """Where a line stands: later lines are greater, and one that is written again after a kill is equal."""
     return [row["player"], int(row["stage"] == "eval"), row["backoffs"], int(row["step"])]
+
+
+def _measured(row: Row) -> str | None:
+    """Which evaluation or task a line is of."""
+    return {"eval": f"{row['player']}", "task": f"{row['player']}/{row.get('task')}"}.get(row["stage"])
+
+
+def _told(found: Mapping[str, Any], run: Path) -> dict[str, list[str]]:
+    """The evaluations and tasks told by an older version, whose marks were of evaluations as well."""
+    told: dict[str, list[str]] = dict(found.get("tasks", {}))
+    for name, mark in found.get("marks", {}).items():
+        evals = [row for row in metrics.read(run / metrics.FILE) if row["stage"] == "eval"]
+        told[name] = [*told.get(name, []), *(f"{row['player']}" for row in evals if _place(row) <= mark)]
+    return told
 
 
 def _read(file: Path) -> dict[str, Any]:

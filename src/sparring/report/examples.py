@@ -11,7 +11,7 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from sparring.errors import InputError
-from sparring.formatting import rows, visible
+from sparring.formatting import visible
 from sparring.report.tokens import FOLDER, LEVELS, Duel, Key, Moved, Piece, Rescored, coloured, duels, moved, split
 from sparring.report.verdict import by_example, figure_to_tell
 from sparring.types import Sample
@@ -157,13 +157,16 @@ def _evaluated(run: RunView, items: Mapping[int, Sequence[Item]]) -> Browser:
 def _played(run: RunView) -> Browser:
     """Training prompts with the first sample of each round: what there is to read before an evaluation."""
     drafts: dict[str, _Draft] = {}
-    for turn in run.rounds:
-        for sample in islice(rows(turn, "samples", Sample), MOST_EXAMPLES):
-            if sample.index == 0 and (sample.example_id in drafts or len(drafts) < MOST_EXAMPLES):
+    ids: set[str] = set()
+    for turn in [turn for turn in run.rounds if turn.stages.get("samples") == "done"]:
+        played = turn.rows("samples", Sample)
+        ids.update(played.column("example_id"))
+        for sample in islice((sample for sample in played if sample.index == 0), MOST_EXAMPLES):
+            if sample.example_id in drafts or len(drafts) < MOST_EXAMPLES:
                 draft = drafts.setdefault(sample.example_id, _draft(run, sample.example_id))
                 draft.answers.append((f"round {turn.t}", sample, _Raw(sample.text)))
     shown = _shown(list(drafts.values()), {}, {}, [], None)
-    return Browser(tuple(shown), len(shown), {}, "", "", (), False)
+    return Browser(tuple(shown), len(ids), {}, "", "", (), False)
 
 
 def _draft(run: RunView, name: str) -> _Draft:

@@ -70,7 +70,8 @@ def rows(
     players = player_rows(run, replaced)
     found = columns([*players, *extra.values()])
     start = next((row for row in players if row["player"] == 0), None)
-    own = {row["player"]: _own(run, row["player"], found) for row in players}
+    # Figures from elsewhere are of other prompts than the run's items
+    own = {row["player"]: {} if replaced else _own(run, row["player"], found) for row in players}
     leads = {column.key: _best(column, players) for column in found}
 
     def cell(column: Column, summary: Mapping[str, Any], player: int | None) -> Cell:
@@ -78,7 +79,8 @@ def rows(
         text = measured(value, column.percent)
         if player is None or start is None or player <= 0 or not has_mean(value) or not has_mean(start.get(column.key)):
             return Cell(text, leads=player is not None and leads[column.key] == player)
-        got = gain(start[column.key], value, own[0][column.key], own[player][column.key], shares=column.percent)
+        before, after = (own[n].get(column.key, {}) for n in (0, player))
+        got = gain(start[column.key], value, before, after, shares=column.percent)
         return _judged(column, text, got, leads[column.key] == player)
 
     table = [

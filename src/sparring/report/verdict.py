@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from sparring import controls
 from sparring.errors import InputError
 from sparring.evaluate.core import Item, is_share, values, vote_of
 from sparring.evaluate.harness import SuiteItem
@@ -34,7 +35,7 @@ class Verdict:
 def verdict(run: RunView, figures: Mapping[int, Mapping[str, Any]] | None = None) -> Verdict:
     """The run's sentence. Accuracies in percentage points, gold_nll in nats per answer, intervals of 95 %.
 
-    `figures` replaces the run's own evaluation summaries; without their items the interval is then unpaired.
+    `figures` replaces the run's own evaluation summaries, whose items are then of other prompts: the interval is unpaired.
     """
     known = dict(figures) if figures else {n: s for n in sorted(run.players) if (s := run.evaluation(n))}
     if not known:
@@ -43,10 +44,12 @@ def verdict(run: RunView, figures: Mapping[int, Mapping[str, Any]] | None = None
     key = figure_to_tell(run, known[best])
     if key is None:
         return Verdict(f"Player {best} was evaluated, but on no answer that could be checked or scored.", "")
-    gain = _gain(run, known, best, key)
+    gain = _gain(None if figures else run, known, best, key)
     detail = " ".join([_chosen(run, known[best]), f"The 95 % interval is {gain.how}." if gain else ""]).strip()
-    tell = _gold_sentence if key == "gold_nll" else _accuracy_sentence
-    return Verdict(tell(best, known, key, gain), detail)
+    if key == "gold_nll":
+        return Verdict(_gold_sentence(best, known, key, gain), detail)
+    chose = controls.figure(run.config.evaluate) == key
+    return Verdict(_accuracy_sentence(best, known, key, gain, chose), detail)
 
 
 def figure_to_tell(run: RunView, summary: Mapping[str, Any]) -> str | None:
@@ -54,12 +57,12 @@ def figure_to_tell(run: RunView, summary: Mapping[str, Any]) -> str | None:
     return next((key for key in (first, "sampled", "greedy", "gold_nll") if summary.get(key)), None)
 
 
-def _gain(run: RunView, known: Mapping[int, Mapping[str, Any]], best: int, key: str) -> Gain | None:
-    """The best player's figure less player 0's: paired by prompt where every item of both is kept, else unpaired."""
+def _gain(run: RunView | None, known: Mapping[int, Mapping[str, Any]], best: int, key: str) -> Gain | None:
+    """The best player's figure less player 0's: paired by prompt where every item of both is in the run, else unpaired."""
     if best == 0 or not known.get(0, {}).get(key):
         return None
     start, end = known[0][key], known[best][key]
-    matched = paired(by_example(run, 0, key), by_example(run, best, key), shares=is_share(key))
+    matched = run and paired(by_example(run, 0, key), by_example(run, best, key), shares=is_share(key))
     if matched and math.isclose(matched.mean, end["mean"] - start["mean"], abs_tol=1e-6):
         return matched
     if start.get("se") is None or end.get("se") is None:
@@ -96,19 +99,23 @@ def _values(items: Iterable[Item], key: str, verifier: str | None) -> dict[str, 
     if not (key.startswith("maj@") and verifier):
         return values(items, key)
     try:
-        vote = vote_of(load_verifier(verifier))
+        return values(items, key, vote_of(load_verifier(verifier)))
     except InputError:
         return {}
-    return values(items, key, vote)
 
 
-def _accuracy_sentence(best: int, known: Mapping[int, Mapping[str, Any]], key: str, gain: Gain | None) -> str:
+def _accuracy_sentence(
+    best: int, known: Mapping[int, Mapping[str, Any]], key: str, gain: Gain | None, chose: bool
+) -> str:
+    """`chose`: the figure is what the best was chosen by."""
     how = "when sampling" if key == "sampled" else "when decoding greedily"
     share = f"{100 * known[best][key]['mean']:.1f} % of held-out prompts right {how}"
+    if best == max(known) == 0:
+        return f"Player 0 answers {share}."
+    if best == 0 and chose:
+        return f"No round improved on player 0, which answers {share}."
     if best == 0:
-        return (
-            f"No round improved on player 0, which answers {share}." if len(known) > 1 else f"Player 0 answers {share}."
-        )
+        return f"Player 0 is the best; it answers {share}."
     if gain is None:
         return f"Player {best} answers {share}; there is no figure of player 0 to compare it with."
     side = "above" if gain.mean >= 0 else "below"

@@ -16,7 +16,7 @@ from sparring.config.recipe import load, read_recipe
 from sparring.errors import InputError
 from sparring.plan import FORMAT, candidates, first_round, round_folder
 from sparring.progress import Live
-from sparring.rundir import best_target
+from sparring.rundir import began, best_target
 from sparring.rundir.states import read_log
 from sparring.rundir.store import Rows, read_json
 from sparring.types import Example, Player
@@ -72,7 +72,7 @@ class RoundView:
         """Stage name to the seconds it took."""
         return {name: record["seconds"] for name, record in self._records()}
 
-    def rows(self, stage: str, row_type: type[T]) -> Sequence[T]:
+    def rows(self, stage: str, row_type: type[T]) -> Rows[T]:
         """The rows of a finished stage. Raises InputError where it is not done."""
         if _state(self.path / stage) != "done":
             raise InputError(f"{self.path / stage}: this stage is not done yet; `sparring status` shows what is")
@@ -97,7 +97,7 @@ class RunView:
     @property
     def name(self) -> str:
         """The name of the run's folder."""
-        return self.path.name
+        return Path(os.path.abspath(self.path)).name
 
     @cached_property
     def rounds(self) -> list[RoundView]:
@@ -138,8 +138,8 @@ class RunView:
         return {n: bool(counts.get("ended_early")) for n, counts in records.items()}
 
     def stop_reason(self, t: int) -> str | None:
-        """Why self-play does not go on with round t, whose start is there; None where it does."""
-        if t < 1 or max(self.players) < t or not any(r.plays for r in self.rounds if r.t < t):
+        """Why self-play does not go on with round t, whose start is measured; None where it does."""
+        if t < 1 or not self._measured(t) or not any(r.plays for r in self.rounds if r.t < t):
             return None
         return controls.stop_reason(
             self.evaluations(t), self.config.evaluate, self.ended, self.config.controls.patience
@@ -247,10 +247,10 @@ class RunView:
         """`process N on HOST` that holds the run; None where nobody does, or where that process of this host has ended."""
         file = self.path / "lock"
         text = file.read_text(encoding="utf-8").strip() if file.exists() else ""
-        found = re.fullmatch(r"process (\d+) on (.+)", text)
-        if found is None or (found[2] == socket.gethostname() and not _alive(int(found[1]))):
+        found = re.fullmatch(r"(process (\d+) on (.+))(?:\n(\d+))?", text)
+        if found is None or (found[3] == socket.gethostname() and not _alive(int(found[2]), found[4])):
             return None
-        return text
+        return found[1]
 
     @property
     def live(self) -> Live | None:
@@ -282,8 +282,8 @@ class RunView:
 
     def folder(self, number: int) -> Path:
         """Where a player's evaluations lie: its round's folder, or `start`."""
-        made = next((r for r in self.rounds if r.t + 1 == number), None)
-        return made.path if made else self.path / "start"
+        first = self.rounds[0].t
+        return self.path / ("start" if number == first else round_folder(number - 1, first))
 
 
 def read_run_recipe(path: Path) -> dict[str, Any]:
@@ -306,14 +306,16 @@ def check_format(path: Path) -> None:
         )
 
 
-def _alive(process: int) -> bool:
+def _alive(process: int, then: str | None) -> bool:
+    """Whether it runs; `then`: when it had begun, if that is known."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
     except PermissionError:  # somebody else's
         pass
-    return True
+    # Its number may be another's by now
+    return not then or began(process) in ("", then)
 
 
 def _state(folder: Path) -> str:

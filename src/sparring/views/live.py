@@ -92,7 +92,7 @@ def watch(path: Path, console: Console | None, *, every: float = 1.0) -> None:
 
     from sparring.views import status
 
-    with Live(console=console, auto_refresh=False, vertical_overflow="visible") as screen:
+    with Live(console=console, auto_refresh=False) as screen:
         for run in looks(path, every):
             with contextlib.suppress(FileNotFoundError):
                 screen.update(status(run), refresh=True)
