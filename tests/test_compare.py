@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -59,6 +60,16 @@ def test_other_prompts_are_not_compared(runs: tuple[RunView, RunView], tiny_mode
     tree = recipe(runs[0].path.with_name("three"), tiny_model, tiny_data, rounds=[{"method": "spin"}])
     other = sparring.run(tree | {"seed": 7, "evaluate": {"verifier": None, "best": "gold_nll", "limit": 3}})
     assert compare([runs[0], other])[1][1].over_first is None
+
+
+def test_a_run_that_is_under_way_is_compared_as_far_as_it_is(tmp_path: Path, tiny_model: Path, tiny_data: Path) -> None:
+    """Without a verifier the newest player is the best, measured or not."""
+    last = {"rounds": [{"method": "spin"}], "evaluate": {"verifier": None, "best": "last", "limit": 4}}
+    made = [sparring.run(recipe(tmp_path / name, tiny_model, tiny_data, **last)) for name in "ab"]
+    shutil.rmtree(tmp_path / "b" / "round_000" / "eval")
+    _, (first, second) = compare([made[0], RunView(tmp_path / "b")])
+    assert (first.best, second.best) == (1, 1) and second.over_first is None
+    assert cli("compare", tmp_path / "a", tmp_path / "b").code == 0
 
 
 def test_on_the_command_line(runs: tuple[RunView, RunView]) -> None:

@@ -524,6 +524,10 @@ def test_a_run_stops_after_rounds_that_did_not_help(
     cut = Path(shutil.copytree(tmp_path / "run", tmp_path / "cut", symlinks=True))
     shutil.rmtree(cut / "round_002" / "eval")
     assert RunView(cut).stop_reason(3) is None and RunView(cut).control_lines() == []
+    shutil.copytree(tmp_path / "run" / "round_002" / "eval", cut / "round_002" / "eval")
+    assert RunView(cut).stop_reason(3) == why
+    shutil.rmtree(cut / "round_000" / "eval")  # which may have been the best
+    assert RunView(cut).stop_reason(3) is None
     # The same call, and the run's own name, do not go on
     before = records(tmp_path / "run")
     for again in (tree, tmp_path / "run"):

@@ -397,6 +397,15 @@ def test_what_would_make_it_fit_makes_it_fit() -> None:
         assert not any("cluster.processes" in note for note in again.estimate.notes)
     two = cost.plan(RECIPES / "spin_qwen7b_1gpu.yaml", ["model.path=Qwen/Qwen2.5-14B"], hardware="1xH100")
     assert two.together and two.remedies and all("--hardware" in r.setting and "=" in r.setting for r in two.remedies)
+    few = cost.plan(RECIPES / "spin_tulu70b.yaml", WHOLE, hardware="4xH100")
+    sharded = [r.setting for r in few.remedies if "sharded" in r.setting]
+    assert few.together and sharded and all(text.count("cluster.processes=") == 1 for text in sharded)
+    for text in sharded:
+        _, hardware, *given = text.split()
+        assert given[-1] == f"cluster.processes={hardware.partition('x')[0]}"
+        assert not cost.plan(RECIPES / "spin_tulu70b.yaml", [*WHOLE, *given], hardware=hardware).estimate.misfits
+    alone = cost.plan(RECIPES / "spin_tulu70b.yaml", WHOLE, hardware="1xH100").estimate.notes
+    assert "planned for one process per device: cluster.processes=1 cluster.launcher=null makes it so" in alone
     none = cost.plan(RECIPES / "spin_tulu70b.yaml", WHOLE, hardware="1xA100-80G")
     assert none.remedies == () and "413 GB" in " ".join(none.estimate.notes)
 

@@ -383,6 +383,15 @@ def test_a_process_that_its_launcher_does_not_miss(tmp_path: Path) -> None:
         crew.close()
 
 
+def test_only_who_was_met_is_lost(tmp_path: Path) -> None:
+    """Where locks do not reach this machine a process that replies holds nothing here, and is not lost with the next stage."""
+    crew = Crew(tmp_path, 2, "srun", None)
+    (tmp_path / FOLDER).mkdir()
+    assert [crew._lost({0, 1}), crew._lost([])] == [[], []]
+    with pytest.raises(SparringError, match=r"^stage: process 1 of 2 was lost;"):
+        crew._fail("stage", {0: {"counts": {}}})  # the launcher has started it again since
+
+
 def test_processes_share_the_cores_that_are_theirs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Six of a host's 64: three each for two."""
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)

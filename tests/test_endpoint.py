@@ -295,17 +295,23 @@ def test_no_proxy_stands_before_this_machine(serve: Callable[..., Server], monke
         monkeypatch.setenv(name, nobody.url.removesuffix("/v1"))
     monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:1")
     assert endpoint(serve(says("x")))(HI) == "x" and nobody.asked == []
-    here = ("http://localhost:8000/v1", "http://127.8.0.1/v1", "http://[::1]:8000/v1", "http://LocalHost/v1")
+    here = (
+        "http://localhost:8000/v1",
+        "http://127.8.0.1/v1",
+        "http://[::1]:8000/v1",
+        "http://LocalHost/v1",
+        "http://0.0.0.0:8000/v1",
+    )
     away = (
         "http://gpu7:8000/v1",
         "https://api.openai.com/v1",
         "http://localhost.example.org/v1",
         "http://10.127.0.0.1/v1",
     )
-    assert [_is_here(url) for url in (*here, *away)] == [True] * 4 + [False] * 4
+    assert [_is_here(url) for url in (*here, *away)] == [True] * 5 + [False] * 4
 
 
-@pytest.mark.parametrize("proxy", ["socks5://127.0.0.1:1", "ftp://127.0.0.1:1"])
+@pytest.mark.parametrize("proxy", ["socks5://127.0.0.1:1", "ftp://127.0.0.1:1", "http://user:p#ss@proxy:8080"])
 def test_a_proxy_that_cannot_be_used_is_told(proxy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "socksio", None)
     monkeypatch.setenv("ALL_PROXY", proxy)
@@ -438,6 +444,12 @@ def test_after_a_failure_what_is_under_way_is_still_given(serve: Callable[..., S
 
 
 def test_after_an_interrupt_what_is_under_way_is_still_given(serve: Callable[..., Server]) -> None:
+    def interrupts_once(handler: Handler) -> None:
+        main = threading.main_thread().ident
+        assert main is not None
+        signal.pthread_kill(main, signal.SIGINT)
+        says("paid for", pause=0.3)(handler)
+
     def interrupts(handler: Handler) -> None:
         main = threading.main_thread().ident
         assert main is not None
@@ -448,6 +460,10 @@ def test_after_an_interrupt_what_is_under_way_is_still_given(serve: Callable[...
 
     server = serve(interrupts, says("paid for", pause=0.6), fails(503))
     got = []
+    alone = serve(interrupts_once)
+    with pytest.raises(KeyboardInterrupt):
+        endpoint(alone)(HI)
+    assert len(alone.asked) == 1
     with pytest.raises(KeyboardInterrupt):
         for pair in endpoint(server, concurrency=3, backoff=60.0).many([HI] * 10):
             got.append(pair[1])
@@ -555,6 +571,11 @@ def test_a_function_is_a_judge(tmp_path: Path) -> None:
     )
     batched = load_judge(f"{file}:judge")
     assert dict(replies(batched, [HI, HI])) == {0: "many", 1: "many"} and identity(batched).startswith("mine.py:judge@")
+    file.write_text(file.read_text().replace("return ((i, 'many') for i in range(len(talks)))", "return 1 / 0"))
+    with pytest.raises(
+        InputError, match=r"^judge mine\.py:judge@\w+: ZeroDivisionError: division by zero; it must reply"
+    ):
+        list(replies(load_judge(f"{file}:judge"), [HI]))
 
 
 def test_bad_judges(tmp_path: Path) -> None:
@@ -600,6 +621,8 @@ def test_bad_judges(tmp_path: Path) -> None:
         ("[[3]] or [[4]]?</think> Rating: [6]", 6.0),  # some templates begin the thinking
         ("<think>So [[5]]</think><think>Or [[6]]</think>[[7]]", 7.0),
         ("<think>I tend to [[5]], but", None),
+        ("[[4]]: its <think>[[9]]</think> is left open", 4.0),  # a judge's words on an answer that thinks
+        ("Its <think> never ends. Rating: [[2]]", 2.0),
         ("<think>[[5]]</think>", None),
         ("", None),
         (None, None),

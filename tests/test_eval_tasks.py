@@ -705,6 +705,19 @@ def test_mcnemar_by_hand() -> None:
     assert versus(one, [answer("another", "x", True)]) == []
 
 
+def test_figures_whose_votes_cannot_be_read_are_left_out() -> None:
+    """As those of `math` without math-verify, which counting what is right needs no longer."""
+
+    def unread(text: str) -> str:
+        raise InputError("math-verify is not installed")
+
+    one, other = (
+        [replace(answer("q", "x", right), kind="sampled", index=i) for i in range(2)] for right in (True, False)
+    )
+    assert "maj@2" in {row.key for row in versus(one, other)}
+    assert {row.key for row in versus(one, other, vote=unread)} == {row.key for row in versus(one, other)} - {"maj@2"}
+
+
 def test_win_rate_asks_in_both_orders() -> None:
     asked: list[tuple[str, ...]] = []
 

@@ -163,13 +163,19 @@ def test_upft_is_sft_on_its_own_samples() -> None:
     assert logp_B.tolist() == [-6.0, -4.0] and not logp_B.requires_grad
 
 
-@pytest.mark.parametrize(("long_prompt", "same"), [("drop", False), ("keep_end", True), ("fail", True)])
+@pytest.mark.parametrize(
+    ("long_prompt", "long_answer", "same"),
+    [("drop", "cut", False), ("keep_end", "cut", True), ("fail", "cut", True), ("fail", "drop", False)],
+)
 def test_the_template_is_the_samples_where_it_says_which_rows_are_played(
-    long_prompt: str, same: bool, tiny_recipe: dict[str, Any]
+    long_prompt: str, long_answer: str, same: bool, tiny_recipe: dict[str, Any]
 ) -> None:
     def samples(template: str) -> Stage:
         rounds = [{"method": "upft", "template": template}]
-        tree = tiny_recipe | {"rounds": rounds, "data": tiny_recipe["data"] | {"long_prompt": long_prompt}}
+        tree = tiny_recipe | {
+            "rounds": rounds,
+            "data": tiny_recipe["data"] | {"long_prompt": long_prompt, "long_answer": long_answer},
+        }
         return api.prepare(tree).plan.rounds[0].stage("samples")
 
     short, long = samples("{question} First step:"), samples("{question} Please, what is the first step?")

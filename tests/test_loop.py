@@ -14,11 +14,12 @@ import torch
 
 import sparring
 from helpers import character_tokenizer, recipe, write_jsonl, write_model
-from sparring import players, preview
+from sparring import api, players, preview
 from sparring.config import ModelConfig
 from sparring.controls import best_of
 from sparring.errors import InputError, SparringError
 from sparring.logps import score
+from sparring.rundir import RunDir
 from sparring.rundir.store import Rows
 from sparring.rundir.view import RunView
 from sparring.types import Frozen, Group, Message, Sample
@@ -171,6 +172,25 @@ def test_nothing_of_a_run_stays_in_memory(
     shops.clear()
     gc.collect()
     assert not any(shop() for shop in gone)
+
+
+def test_a_workshop_that_has_read_its_data_goes_at_once(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    """One that is made aside holds a whole base, which must not wait for Python's collector."""
+    path = sparring.run(recipe(tmp_path / "run", tiny_model, tiny_data, rounds=[{"method": "sft"}])).path
+    found = api.prepare(path)
+    shop = Workshop(RunDir(path), found.config, found.plan, found.start)
+    asked = [("train", longest, 3) for longest in (8, 9, 10, 11, 12)]
+    first = [shop.rendered(*how) for how in asked]
+    assert all(len(rendering.rows) == 3 for rendering in first)
+    assert [shop.rendered(*how) is known for how, known in zip(asked[1:], first[1:], strict=True)] == [True] * 4
+    assert shop.rendered(*asked[0]) is not first[0]  # the last four are kept
+    gc.disable()
+    try:
+        gone = weakref.ref(shop)
+        del shop
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_limit_takes_the_first_examples_of_the_shuffle(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:

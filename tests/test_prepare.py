@@ -77,6 +77,10 @@ def test_a_link_keeps_its_name_and_a_model_does_not(
     assert (config.data.path, config.model.path) == (f"{tmp_path}/train.jsonl", tiny_recipe["model"]["path"])
     assert [(task.path, task.label) for task in config.evaluate.tasks] == [(f"{tmp_path}/sums.jsonl", "sums")]
     assert list(prepared.plan.data.inputs) == ["train train.jsonl"]
+    # Another name for a file that has its suffix is that file, also when the link moves on
+    (tmp_path / "v2.jsonl").write_bytes((tmp_path / "train.jsonl").read_bytes())
+    (tmp_path / "now.jsonl").symlink_to(tmp_path / "v2.jsonl")
+    assert api.prepare(tiny_recipe, ["data.path=now.jsonl"]).config.data.path == f"{tmp_path}/v2.jsonl"
 
 
 @pytest.mark.parametrize(

@@ -141,6 +141,8 @@ def test_figures_from_elsewhere_are_not_paired_by_the_run_s_items() -> None:
     figures = evaluations(0.4, 0.6)
     run = run_view(Path("."), evaluation=figures.get, items=items, best=1)
     assert verdict(run).detail.endswith("The 95 % interval is paired over 50 prompts.")
+    kept = run_view(Path("."), evaluation=evaluations(0.4, 0.2).get, best=0)
+    assert verdict(kept, figures).sentence == f"Player 0 is the best; it answers {ANSWERS}"
     assert verdict(run, figures).detail.endswith("The 95 % interval is unpaired.")
     assert "+10.4 to +29.6" in verdict(run, figures).sentence
     own, others = ([row.cells[0].gain for row in rows(run, given, {})[1]][1] for given in (None, figures))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,18 @@ def test_the_start_is_measured_where_the_best_is_asked_for(tmp_path: Path, tiny_
     assert code == 0, err
     done = sorted(str(f.parent.relative_to(tmp_path / "new")) for f in (tmp_path / "new").rglob("stage.json"))
     assert done == ["data", "round_000/samples", "start/eval", "start/tasks/sums"]
+
+
+def test_a_base_before_preparation_is_not_measured_for_a_round(
+    tmp_path: Path, tiny_model: Path, tiny_data: Path
+) -> None:
+    """It is no candidate for the best once there is a player 0."""
+    rounds = [{"method": "sft"}, {"method": "spin", "reference": "best"}]
+    sparring.run(recipe(tmp_path / "run", tiny_model, tiny_data, rounds=rounds))
+    shutil.rmtree(tmp_path / "run" / "start" / "eval")
+    shutil.rmtree(tmp_path / "run" / "round_000" / "groups")
+    assert cli("pair", tmp_path / "run", "--round", 0).code == 0
+    assert not (tmp_path / "run" / "start" / "eval").exists()
 
 
 def test_activations_that_cannot_be_recomputed_are_told_before_a_round(

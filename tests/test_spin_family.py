@@ -589,6 +589,9 @@ def test_kinds_of_pairs_that_are_missing_leave_their_share() -> None:
     weights = [g.weight for g in made.groups(Played(1, [rendered("x")], [now], [old])).groups]
     assert weights == pytest.approx([1.4, 0.6])
     assert ditto_file.later_against_earlier(Played(1, [rendered("x")], [said("x", (), 0, 1)], [old])) == []
+    # Gold's equal was the earlier answer: nothing is to be preferred to it
+    gold = said("x", rendered("x").gold, 0, 0)
+    assert ditto_file.later_against_earlier(Played(1, [rendered("x")], [now], [gold])) == []
 
 
 def test_ditto_is_dpo_to_player_0() -> None:

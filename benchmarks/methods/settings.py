@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 PROMPTS, SAMPLES, STEPS, ROUNDS = 1600, 2, 100, 2
-"""Per round: prompts, answers to each, gradient steps of 64 groups; equal for all."""
+"""Per round: prompts, answers to each, gradient steps of 64 groups; equal for all, but that nash_md's two players both answer."""
 LR = 5e-4
 SLOW = 1e-4
 """For losses without a reference or on raw logits, which fall apart at LR."""

@@ -43,7 +43,8 @@ from sparring.config import TrainConfig  # noqa: E402
 from sparring.rundir.view import RunView  # noqa: E402
 from sparring.types import Group, Sample  # noqa: E402
 
-SIZES = (32, 64, 128)
+MOST = 128
+"""Rows that play together."""
 STAGES = {"samples": "play", "groups": "pair", "frozen": "frozen", "player": "train"}
 
 
@@ -56,7 +57,7 @@ def recipe(folder: Path, run: Path, given: Any) -> dict[str, Any]:
         "model": {"path": str(folder / "model"), "compute": "bfloat16", "threads": record.THREADS},
         "data": {"path": str(folder / "data.jsonl"), "heldout_size": 0},
         "controls": {"displacement": None, "trust_region": None, "patience": None},
-        "play": {"max_new_tokens": shapes.MAX_NEW, "batch_size": SIZES[-1]},
+        "play": {"max_new_tokens": shapes.MAX_NEW, "batch_size": MOST},
         "rounds": [{"method": "spin", "beta": BETA, "train": train}],
     }
 
@@ -78,7 +79,8 @@ def usual(given: Any) -> None:
     choice = theirs.choose(start, tokenizer, groups, settings(given), bf16=True, beta=BETA, known=given.trl)
     prompts = [g.prompt for g in groups]
     player = load(folder / "model", torch.bfloat16)
-    widths = sorted({min(size, len(prompts)) for size in SIZES})
+    most = min(MOST, len(prompts))
+    widths = sorted({max(1, most // part) for part in (4, 2, 1)})
     size, sizes = theirs.fastest_batch(lambda size: theirs.generate(player, prompts, lengths, size), widths)
 
     def work() -> dict[str, Any]:

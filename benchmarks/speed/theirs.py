@@ -21,7 +21,8 @@ from trl import DPOConfig, DPOTrainer
 from sparring.train import batch_rows, total_steps
 from sparring.types import Group
 
-MICRO = (1, 2, 4)
+MICRO = (1, 2, 4, 8, 16) if torch.cuda.is_available() else (1, 2, 4)
+"""Pairs a pass; two cores are slower with more, a GPU would idle with few."""
 ATTENTION = ("sdpa", "eager")
 TRIALS = 2
 
@@ -41,7 +42,7 @@ class Choice:
     micro: int
     """per_device_train_batch_size; the rest of a batch is accumulated."""
     trials: dict[str, float]
-    """Seconds of one optimizer step by setting; none where they were known."""
+    """Seconds of one optimizer step by setting."""
 
     def row(self) -> dict[str, Any]:
         return asdict(self)
@@ -107,11 +108,9 @@ def choose(
 ) -> Choice:  # fmt: skip
     """The fastest attention and batch size for one optimizer step; each is tried twice, after a step for warming up.
 
-    `known`, as `sdpa,1`, is what an earlier trial of the same shape found.
+    `known`, as `sdpa,1`, is what an earlier trial of the same shape found; it alone is tried, as a process that has taken
+    steps has memory that it need not ask for again.
     """
-    if known:
-        attention, _, micro = known.partition(",")
-        return Choice(attention, int(micro), {})
     first = groups[: settings.batch_size]
     once = settings.model_copy(update={"epochs": 1})
 
@@ -124,7 +123,8 @@ def choose(
         return time.perf_counter() - started
 
     seconds(ATTENTION[0], MICRO[-1])
-    trials = {key: min(seconds(*key) for _ in range(TRIALS)) for key in product(ATTENTION, MICRO)}
+    wanted = [key for key in product(ATTENTION, MICRO) if known in (None, "{},{}".format(*key))]
+    trials = {key: min(seconds(*key) for _ in range(TRIALS)) for key in wanted}
     best = min(trials, key=lambda key: trials[key])
     return Choice(*best, {f"{a}, {m}": round(value, 3) for (a, m), value in trials.items()})
 

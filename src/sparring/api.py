@@ -91,9 +91,10 @@ def run_stage(path: Path | str, command: str, t: int) -> RunView:
     name = STAGE_OF_COMMAND[command]
     stages = [s for s in found.stages if s.name == name]
     # The start's are no round's, so no other call makes what the best is chosen by
-    measures = [prepared.plan.start_eval, *prepared.plan.start_tasks] if "best" in found.roles.values() else []
+    chosen = prepared.plan.first == 0 and "best" in found.roles.values()
+    measures = [prepared.plan.start_eval, *prepared.plan.start_tasks] if chosen else []
     measures = [stage for stage in measures if not RunDir(prepared.path).done(stage)]
-    if command not in ("judge", "pair"):
+    if measures or command not in ("judge", "pair"):
         lowbit.check(prepared.config)
         engines.check(prepared.config, prepared.plan, lambda stage: stage not in (*measures, *stages))
     if not stages:
@@ -402,13 +403,14 @@ def _path(value: str) -> str:
 
 
 def _file(value: str) -> str:
-    # What a cache keeps under its hash has its name, its suffix and the files beside it where the link is
+    # What a cache keeps under its hash has its suffix, and the files beside it, where the link is
     path = Path(value).expanduser()
-    return str(path.absolute()) if path.exists() else value
+    return str(path.absolute()) if path.exists() and path.resolve().suffix != path.suffix else _path(value)
 
 
 def _program(value: str) -> str:
-    return _file(value) if "/" in value else value
+    path = Path(value).expanduser()
+    return str(path.absolute()) if "/" in value and path.exists() else value
 
 
 def _who(value: str) -> str:

@@ -61,7 +61,7 @@ def _alike(one: RunView, other: RunView, key: str) -> bool:
 def _measured(run: RunView, key: str) -> tuple[Any, ...] | None:
     """How a run's best player was measured by a figure; None where it was not."""
     best = run.best_player()
-    if best is None:
+    if best is None or run.evaluation(best) is None:
         return None
     if not key.startswith("task:"):
         # The verifier by its content alone, which `asked` tells

@@ -254,15 +254,14 @@ class Crew:
         """Those of a launcher's processes, but for the known ones, that have ended: a launcher need not tell."""
         if self._launcher is None:
             return []
-        self._met.update(known)
         lost, there = [], present(self._run)
         for n in range(self.size):
-            if n not in known:
-                with there(n) as free:
-                    if not free:
-                        self._met.add(n)
-                    elif n in self._met:
-                        lost.append(n)
+            with there(n) as free:
+                if not free:
+                    self._met.add(n)
+                # Where locks do not reach this machine nobody is ever met
+                elif n in self._met and n not in known:
+                    lost.append(n)
         return lost
 
     def _fail(self, stage: str, replies: Mapping[int, Mapping[str, Any]]) -> NoReturn:
@@ -275,7 +274,9 @@ class Crew:
                 kind, message = reply["error"]
                 raise getattr(errors, kind, SparringError)(message)
         bad = [n for n, reply in replies.items() if "counts" not in reply]
-        lost = [] if codes else self._lost(bad)
+        # A launcher may have started it again meanwhile
+        silent = [n for n in range(self.size) if n not in replies]
+        lost = [] if codes else self._lost(bad) or ([] if bad else silent)
         n = (killed or sorted(codes) or lost or bad)[0]
         who = f"process {n} of {self.size}" if self._launcher is None or lost else f"`{self._launcher}`"
         how = f"was killed ({signal.Signals(-codes[n]).name})" if killed else "was lost" if lost else "failed"

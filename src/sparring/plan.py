@@ -209,7 +209,7 @@ def _round(
         played |= {"turns": [repr(turn) for turn in draft.turns], "takes_given": method.takes_given}
         if method.answer_tokens is not None:
             played |= {"method": name} | _dotted(method.name, depends)
-        if method.template is not None and config.data.long_prompt == "drop":
+        if method.template is not None and "drop" in (config.data.long_prompt, config.data.long_answer):
             played |= {"template": method.template}  # a row goes where its question in the template is too long
         if method.official is not None:
             played |= {"official": True, "bos": method.official.bos}

@@ -210,7 +210,7 @@ class Remote:
                 limits=httpx2.Limits(max_connections=self.concurrency),
                 trust_env=not _is_here(url),
             )
-        except (ImportError, ValueError) as error:
+        except (ImportError, ValueError, httpx2.InvalidURL) as error:
             raise InputError(
                 f"endpoint {url}: the environment's proxy (ALL_PROXY, HTTP_PROXY, HTTPS_PROXY) cannot be used: {error}; "
                 "give one with http://, or for a SOCKS proxy pip install socksio"
@@ -246,7 +246,7 @@ def _is_here(url: str) -> bool:
     """Whether an address is this machine's own, which no proxy reaches."""
     import httpx2
 
-    return re.fullmatch(r"localhost|127(\.\d+){3}|::1", httpx2.URL(url).host) is not None
+    return re.fullmatch(r"localhost|127(\.\d+){3}|0\.0\.0\.0|::1", httpx2.URL(url).host) is not None
 
 
 def _seconds(header: str | None) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import datetime
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from sparring.sharding import Team
 
 T = TypeVar("T")
+_RENDERINGS = 4
+"""Data as token ids that a workshop holds: what training, its guard and evaluation read."""
 DATE = "date.json"
 
 
@@ -49,8 +51,8 @@ class Workshop:
         self._models: dict[str, tuple[str, nn.Module]] = {}
         """Content hash to that of the whole model whose weights it holds, and the model."""
         self._team: Team | None = None
-        # A method's own cache would hold every workshop
-        self.rendered = lru_cache(maxsize=4)(self._rendered)
+        self._renderings: dict[tuple[Any, ...], prompts.Rendering] = {}
+        """The last few by what they were asked for; a cache on the method would hold every workshop."""
 
     @cached_property
     def progress(self) -> Progress:
@@ -313,10 +315,18 @@ class Workshop:
         """Precision of forward passes."""
         return players.compute_dtype(self.config.model)
 
-    def _rendered(
+    def rendered(
         self, part: str, max_new_tokens: int, limit: int | None, template: str | None = None
     ) -> prompts.Rendering:
         """The first `limit` examples of `train` or `heldout` as token ids."""
+        key = part, max_new_tokens, limit, template
+        if key not in self._renderings:
+            while len(self._renderings) >= _RENDERINGS:
+                del self._renderings[next(iter(self._renderings))]
+            self._renderings[key] = self._render(part, max_new_tokens, limit, template)
+        return self._renderings[key]
+
+    def _render(self, part: str, max_new_tokens: int, limit: int | None, template: str | None) -> prompts.Rendering:
         examples = Rows(self.run.path / "data" / part, Example)
         chosen = examples[:limit] if limit is not None and limit < len(examples) else examples
         model = players.model_config(self._start.path, self.config.model)

@@ -90,6 +90,12 @@ def estimate(
     return Estimate(shape, hardware, made.rates, given, tuple(costs), made.state, tuple(made.notes()))
 
 
+def processes(config: Config, count: int) -> list[str]:
+    """The settings that a run still needs to have one process per device."""
+    alone = ["cluster.launcher=null"] if count == 1 and config.cluster.launcher else []
+    return [f"cluster.processes={count}", *alone] if config.cluster.processes != count else []
+
+
 def uses_bf16(config: Config, hardware: Hardware) -> bool:
     """Whether forward passes are made in bfloat16 there."""
     compute = config.model.compute
@@ -158,8 +164,8 @@ class _Estimator:
         taken = [r.folder for r in self._plan.rounds if self._taken(r)]
         lines += [f"{folder}: {self._texts.generated:.0%} of the prompts came with their answer" for folder in taken]
         count = self._hardware.count
-        if self._hardware.device.cuda and self._config.cluster.processes != count:
-            lines.append(f"planned for one process per device: cluster.processes={count} makes it so")
+        if self._hardware.device.cuda and (needed := processes(self._config, count)):
+            lines.append(f"planned for one process per device: {' '.join(needed)} makes it so")
         whole = sum(memory.weights(self._shape, self._base).values())
         engines = {r.settings.play.engine_kind for r in self._plan.rounds if r.turns}
         engines |= {self._config.evaluate.engine_kind}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sparring.config import Config, EngineConfig, Tree
 from sparring.cost import texts
-from sparring.cost.estimate import Estimate, estimate, uses_bf16
+from sparring.cost.estimate import Estimate, estimate, processes, uses_bf16
 from sparring.cost.hardware import DEVICES, PER_MACHINE, Hardware, parse
 from sparring.cost.shapes import shape_of
 from sparring.cost.texts import Texts
@@ -129,7 +129,10 @@ def _remedies(config: Config, found: Estimate) -> tuple[tuple[Remedy, ...], bool
         for change in changes:
             after = _again(change, found)
             if not after.misfits:
-                yield Remedy(change.setting, after.seconds, change.note)
+                # Without which the other devices are not used
+                uses = change.hardware != found.hardware or change.config.cluster.players != config.cluster.players
+                told = [change.setting, *(processes(config, change.hardware.count) if uses else ())]
+                yield Remedy(" ".join(told), after.seconds, change.note)
                 return
 
     settings = [list(kind) for kind in _settings(config, found.hardware)]
@@ -182,17 +185,10 @@ def _sharded(config: Config, hardware: Hardware, size: int) -> _Change:
     settings += [("play", "engine", "vllm")] * any(r.play.engine_kind == "hf" for r in config.rounds)
     settings += [("evaluate", "engine", "vllm")] * (config.evaluate.engine_kind == "hf")
     told = [f"{section}.{key}={value}" for section, key, value in settings] + [f"engine.tensor_parallel={size}"]
-    told += _processes(config, hardware)
     changed = _with(config, "engine", {"tensor_parallel": size})
     for section, key, value in settings:
         changed = _with(changed, section, {key: value})
     return _Change(" ".join(told), changed, hardware, "vLLM samples")
-
-
-def _processes(config: Config, hardware: Hardware) -> list[str]:
-    """The setting without which other devices are not used."""
-    count = hardware.count
-    return [f"cluster.processes={count}"] if config.cluster.processes != count else []
 
 
 def _with(config: Config, section: str, values: dict[str, object]) -> Config:
@@ -208,7 +204,7 @@ def _machines(config: Config, hardware: Hardware) -> Iterator[Iterator[_Change]]
     """More devices of the same kind, and others with more memory."""
 
     def change(machine: Hardware) -> _Change:
-        return _Change(" ".join([f"--hardware {machine}", *_processes(config, machine)]), config, machine)
+        return _Change(f"--hardware {machine}", config, machine)
 
     if hardware.device.cuda and not config.model.quantize:
         yield (change(Hardware(count, hardware.device)) for count in _COUNTS if count > hardware.count)

@@ -64,7 +64,7 @@ def fingerprint(config: DataConfig) -> dict[str, str]:
     NAME is the path within the folder given, or the file's own name: the same wherever the data lie. A split on the
     Hub, `owner/name:split`, has its fingerprint instead. Raises InputError where the data cannot be found.
     """
-    source, heldout = _sources(config)
+    source, heldout = _sources(config, strict=False)
     parts = {"train": digest(source), "heldout": digest(heldout) if heldout else {}}
     return {f"{part} {name}": sha for part, files in parts.items() for name, sha in files.items()}
 
@@ -116,14 +116,14 @@ def _rank(purpose: str, seed: int, identity: str) -> bytes:
     return hashlib.sha256(f"{purpose}:{seed}:{identity}".encode()).digest()
 
 
-def _sources(config: DataConfig) -> tuple[Source, Source | None]:
-    source = find(config.path, config.split, config.name)
+def _sources(config: DataConfig, *, strict: bool = True) -> tuple[Source, Source | None]:
+    source = find(config.path, config.split, config.name, strict=strict)
     if config.heldout is None and config.heldout_split is None:
         return source, None
     path = config.path if config.heldout is None else config.heldout
     if not path:
         raise InputError("data.heldout: empty; name a file, or leave it out to hold out by seed")
-    heldout = find(path, config.heldout_split, config.name if path == config.path else None)
+    heldout = find(path, config.heldout_split, config.name if path == config.path else None, strict=strict)
     trained = {file.resolve() for file in source.files}
     if heldout == source or any(file.resolve() in trained for file in heldout.files):
         raise InputError(f"{path}: held out and trained on at once; name another file in data.heldout or another split")

@@ -8,7 +8,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,12 +34,13 @@ class Source:
     """Configuration name on the Hub."""
 
 
-def find(spec: str, split: str | None, config: str | None = None) -> Source:
+def find(spec: str, split: str | None, config: str | None = None, *, strict: bool = True) -> Source:
     """Tell what a path or Hub id is, without reading rows.
 
-    `split` None takes what has one split only; of a folder, `config` is the folder in it. Whatever looks like a path is
-    never looked up on the Hub. Raises InputError for a missing file, an unknown suffix, a folder without data, an unknown
-    split or `config`, and for a split that lies in several folders.
+    `split` None takes what has one split only; of a folder, `config` is the folder in it, `.` all of it. Whatever looks
+    like a path is never looked up on the Hub. Raises InputError for a missing file, an unknown suffix, a folder without
+    data and an unknown split; where `strict` also for an unknown `config` and for a split that lies in several folders,
+    which data that were read before, and are as they were, need not heed.
     """
     if not spec:
         raise InputError("data.path: missing: name a JSONL, JSON, Parquet or CSV file, a `datasets` folder or a Hub id")
@@ -48,10 +49,11 @@ def find(spec: str, split: str | None, config: str | None = None) -> Source:
         if _is_hub_id(spec):
             return Source("hub", spec, split=split or "train", config=config)
         raise InputError(f"{spec}: no such file; {_nearby(path)}")
-    if config:
-        path = _configuration(path, config)
-    if path.is_dir():
-        return _find_in_folder(path, split)
+    own = _configuration(path, config, strict=strict) if config else path
+    if own.is_dir():
+        found = _find_in_folder(own, split, strict=strict and config != ".")
+        # Its files are named by where they lie in what was given
+        return replace(found, name=str(path)) if found.kind == "files" else found
     if path.suffix.lower() not in SUFFIXES:
         raise InputError(f"{spec}: unknown suffix `{path.suffix}`; known are {' '.join(SUFFIXES)}")
     if split not in (None, "train"):
@@ -121,17 +123,19 @@ def _nearby(path: Path) -> str:
     return f"the nearest is `{path.parent / near[0]}`" if near else "check the path; a Hub id is written owner/name"
 
 
-def _configuration(path: Path, name: str) -> Path:
+def _configuration(path: Path, name: str, *, strict: bool) -> Path:
     """The folder of a configuration, as a clone of a Hub data set has it."""
     saved = any((path / file).is_file() for file in ("dataset_dict.json", "state.json"))
     if (path / name).is_dir() and not saved:
         return path / name
+    if not strict:
+        return path
     known = sorted(p.name for p in path.glob("[!.]*/") if p.is_dir() and not saved)
     it_has = f"it has {', '.join(known)}; " if known else ""
     raise InputError(f"data.name: {path} has no folder `{name}`; {it_has}set data.name=null to read it as it is")
 
 
-def _find_in_folder(folder: Path, split: str | None) -> Source:
+def _find_in_folder(folder: Path, split: str | None, *, strict: bool) -> Source:
     if (folder / "dataset_dict.json").is_file():
         splits = _read_json_object(folder / "dataset_dict.json").get("splits") or []
         split = splits[0] if split is None and len(splits) == 1 else split
@@ -153,7 +157,8 @@ def _find_in_folder(folder: Path, split: str | None) -> Source:
     )
     if not files:
         raise InputError(f"{folder}: a folder without data; it needs files that end in {' '.join(SUFFIXES)}")
-    return Source("files", str(folder), tuple(files if split is None else _of_split(folder, files, split)))
+    chosen = files if split is None else _of_split(folder, files, split, strict=strict)
+    return Source("files", str(folder), tuple(chosen))
 
 
 def _saved(folder: Path) -> Source:
@@ -161,18 +166,18 @@ def _saved(folder: Path) -> Source:
     return Source("saved", str(folder), tuple(folder / str(shard["filename"]) for shard in shards))
 
 
-def _of_split(folder: Path, files: list[Path], split: str) -> list[Path]:
+def _of_split(folder: Path, files: list[Path], split: str, *, strict: bool) -> list[Path]:
     """Files or folders named for the split; else those with the word in their name; else all, if no name has any.
 
     So `train-00000-of-00002.parquet` counts as exact, and `train_sft.jsonl` is taken where no file is just `train`.
     """
     names = {path: [*path.relative_to(folder).parts[:-1], path.stem] for path in files}
     exact = re.compile(re.escape(split) + r"([-_.]?\d.*)?")
-    strict = _above(names, lambda part: exact.fullmatch(part) is not None)
-    above = strict or _above(names, lambda part: split.lower() in _words(part))
-    if len(several := sorted(set(above.values()))) > 1:
+    above = _above(names, lambda part: exact.fullmatch(part) is not None)
+    above = above or _above(names, lambda part: split.lower() in _words(part))
+    if strict and len(several := sorted(set(above.values()))) > 1:
         raise InputError(
-            f"{folder}: split `{split}` lies in {' and '.join(several)}; choose one by data.name, or name that folder itself"
+            f"{folder}: split `{split}` lies in {' and '.join(several)}; choose one by data.name, or all by data.name=."
         )
     chosen = list(above)
     known = sorted({word for parts in names.values() for part in parts for word in _words(part)} & {*_SPLIT_WORDS})

@@ -139,12 +139,16 @@ def _wins(rates: Mapping[str, float]) -> list[Versus]:
 def versus(one: Sequence[Item], other: Sequence[Item], *, vote: Vote | None = None) -> list[Versus]:
     """Every figure that both players' items give, with the paired gain of `one` over `other`.
 
-    Prompts that only one of them was asked are left out. `vote`: see `values`. The gain of `gold_nll_token`, a ratio of
+    Prompts that only one of them was asked are left out, and figures whose votes cannot be read here. `vote`: see
+    `values`. The gain of `gold_nll_token`, a ratio of
     sums, has a bootstrap interval and no p-value.
     """
     found = []
     for key in _keys(one, other):
-        mine, theirs = _common(values(one, key, vote), values(other, key, vote))
+        try:
+            mine, theirs = _common(values(one, key, vote), values(other, key, vote))
+        except InputError:
+            continue
         if not mine:
             continue
         shares = is_share(key)

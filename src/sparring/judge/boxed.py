@@ -98,7 +98,7 @@ def symbolic(example: Example, answer: str) -> bool | None:
     return bool(verify(expected, parse(answer))) if expected else None
 
 
-@lru_cache(maxsize=4096)  # every figure of a vote asks anew
+@lru_cache(maxsize=2**16)  # every figure of a vote asks anew, in the same order
 def expression(text: str) -> str | None:
     """What `symbolic` reads out of an answer: its last box, else its final expression, in the spelling of `canonical`.
 

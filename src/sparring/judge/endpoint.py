@@ -62,7 +62,9 @@ class Endpoint:
         return json.dumps({"base_url": self.base_url, "model": self.model, **self._settings}, sort_keys=True)
 
     def __call__(self, messages: Conversation) -> str | None:
-        return next(self.many([messages]))[1]
+        # To the end of it, where an interrupt is told
+        ((_, reply),) = self.many([messages])
+        return reply
 
     def many(self, conversations: Sequence[Conversation]) -> Iterator[tuple[int, str | None]]:
         """(index, reply) as they come, `concurrency` at a time; after a failure those under way are still given."""

@@ -81,15 +81,11 @@ def replies(judge: Judge, conversations: Sequence[Conversation]) -> Iterator[tup
     Raises InputError where a function fails, or a judge gives something other than text or None.
     """
     many = getattr(judge, "many", None)
-    for index, reply in many(conversations) if many else ((i, _reply(judge, c)) for i, c in enumerate(conversations)):
-        if not (reply is None or isinstance(reply, str)):
-            raise InputError(f"judge {identity(judge)}: gave {type(reply).__name__}; it must give text or None")
-        yield index, reply
-
-
-def _reply(judge: Judge, conversation: Conversation) -> str | None:
     try:
-        return judge(conversation)
+        for index, reply in many(conversations) if many else ((i, judge(c)) for i, c in enumerate(conversations)):
+            if not (reply is None or isinstance(reply, str)):
+                raise InputError(f"judge {identity(judge)}: gave {type(reply).__name__}; it must give text or None")
+            yield index, reply
     except SparringError:
         raise
     except Exception as error:
@@ -119,9 +115,14 @@ def verdict(reply: str | None) -> float | None:
 
 
 def _said(reply: str | None) -> str:
-    """A reply behind its thinking; nothing where the thinking never ends."""
-    said = (reply or "").rpartition("</think>")[2]
-    return "" if "<think>" in said else said
+    """A reply behind the thinking that it begins with; nothing where that never ends."""
+    said = (reply or "").lstrip()
+    thinking, ended, rest = said.partition("</think>")
+    if ended and "<think>" not in thinking:  # which some templates write for it
+        said = rest.lstrip()
+    while said.startswith("<think>"):
+        said = said.partition("</think>")[2].lstrip()
+    return said
 
 
 def agreed(first: float | None, second: float | None) -> float | None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from itertools import combinations
 
 from sparring.methods import spin
-from sparring.pair import gold_against_samples
+from sparring.pair import gold_against_samples, same_answer
 from sparring.types import Group, Method, Paired, Played, Sample
 
 
@@ -62,7 +62,10 @@ def replays(played: Played) -> list[Group]:
 
 
 def later_against_earlier(played: Played) -> list[Group]:
-    """Pairs (later player's answer, earlier player's) to one prompt, the samples taken in their order; none of equals."""
+    """Pairs (later player's answer, earlier player's) to one prompt, the samples taken in their order.
+
+    None of equals, and none with gold's equal: an earlier player's would be the worse answer.
+    """
     told: defaultdict[str, defaultdict[int, list[Sample]]] = defaultdict(lambda: defaultdict(list))
     for sample in (*played.recalled, *played.samples):
         if sample.tokens:
@@ -72,7 +75,7 @@ def later_against_earlier(played: Played) -> list[Group]:
         for row in played.rows
         for early, late in combinations(sorted(told[row.example_id]), 2)
         for new, old in zip(told[row.example_id][late], told[row.example_id][early], strict=False)
-        if new.tokens != old.tokens
+        if new.tokens != old.tokens and not any(same_answer(row, sample) for sample in (new, old))
     ]
 
 

@@ -48,7 +48,7 @@ def verdict(run: RunView, figures: Mapping[int, Mapping[str, Any]] | None = None
     detail = " ".join([_chosen(run, known[best]), f"The 95 % interval is {gain.how}." if gain else ""]).strip()
     if key == "gold_nll":
         return Verdict(_gold_sentence(best, known, key, gain), detail)
-    chose = controls.figure(run.config.evaluate) == key
+    chose = not figures and controls.figure(run.config.evaluate) == key
     return Verdict(_accuracy_sentence(best, known, key, gain, chose), detail)
 
 

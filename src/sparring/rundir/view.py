@@ -138,8 +138,12 @@ class RunView:
         return {n: bool(counts.get("ended_early")) for n, counts in records.items()}
 
     def stop_reason(self, t: int) -> str | None:
-        """Why self-play does not go on with round t, whose start is measured; None where it does."""
-        if t < 1 or not self._measured(t) or not any(r.plays for r in self.rounds if r.t < t):
+        """Why self-play does not go on with round t; None where it does, or where not all players are measured."""
+        if (
+            t < 1
+            or not all(self._measured(n) for n in range(t + 1))
+            or not any(r.plays for r in self.rounds if r.t < t)
+        ):
             return None
         return controls.stop_reason(
             self.evaluations(t), self.config.evaluate, self.ended, self.config.controls.patience
