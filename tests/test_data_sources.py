@@ -184,13 +184,16 @@ def test_a_clone_of_several_configurations_is_read_by_name(tmp_path: Path) -> No
     assert [e.gold for e in read(tmp_path, name="wordy/en")] == ["a3"]
     heldout = data.load(DataConfig(path=str(tmp_path), name="main", heldout_split="test"), seed=0).heldout
     assert [e.gold for e in heldout] == ["a1"]
-    both = "split `train` lies in main and socratic; choose one by data.name, or all by data.name=."
+    both = "split `train` lies in main and socratic; choose one by data.name or by its own path, or all by data.name=."
     assert failure(tmp_path) == f"{tmp_path}: {both}"
     assert sorted(str(e.gold) for e in read(tmp_path, name=".")) == ["a0", "a2"]
     # What was read before stays what it was: nothing is refused, and files have the names they had
     names = {name: list(data.fingerprint(DataConfig(path=str(tmp_path), name=name))) for name in (None, "main", "mian")}
     every = ["train main/train-0.jsonl", "train socratic/train-0.jsonl"]
     assert names == {None: every, "main": every[:1], "mian": every}
+    assert failure(tmp_path, name=str(tmp_path.parent)).startswith("data.name: ")
+    away = DataConfig(path=str(tmp_path / "main"), heldout=str(tmp_path), heldout_split="train", name=".", split="test")
+    assert sorted(str(e.gold) for e in data.load(away, seed=0).heldout) == ["a0", "a2"]
     it_has = "it has main, socratic, wordy; set data.name=null to read it as it is"
     assert failure(tmp_path, name="mian") == f"data.name: {tmp_path} has no folder `mian`; {it_has}"
     jsonl(tmp_path / "wordy" / "train_sft.jsonl", *qa(1))

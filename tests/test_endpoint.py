@@ -623,6 +623,9 @@ def test_bad_judges(tmp_path: Path) -> None:
         ("<think>I tend to [[5]], but", None),
         ("[[4]]: its <think>[[9]]</think> is left open", 4.0),  # a judge's words on an answer that thinks
         ("Its <think> never ends. Rating: [[2]]", 2.0),
+        ("<think>It says <think>2 + 2</think>, so [[9]]?</think> Rating: [[3]]", 3.0),
+        ("It says <think>2 + 2</think>, so [[9]]?</think> Rating: [[3]]", 3.0),
+        ("<think>Its <think> never ends: [[9]]</think>[[1]]", 1.0),
         ("<think>[[5]]</think>", None),
         ("", None),
         (None, None),

@@ -27,6 +27,23 @@ def files(folder: Path) -> list[Path]:
     return [p for p in folder.rglob("*") if p.is_file()]
 
 
+def test_data_that_cannot_be_told_move_nothing(tmp_path: Path, tiny_model: Path, tiny_data: Path) -> None:
+    """Neither a name that is not there nor a split that lies twice, which a run that has read its data may go on with."""
+    clone = tmp_path / "clone"
+    (clone / "main").mkdir(parents=True)
+    (clone / "main" / "train.jsonl").write_bytes(tiny_data.read_bytes())
+    path = sparring.run(recipe(tmp_path / "run", tiny_model, clone, rounds=[{"method": "sft"}])).path
+    before = tree_hash(path)
+    for settings, says in ((["data.name=mian"], r"has no folder `mian`"), (["seed=7"], r"lies in main and socratic")):
+        with pytest.raises(InputError, match=says):
+            sparring.run(path, settings, redo=True)
+        with pytest.raises(InputError, match=says):
+            sparring.fork(path, tmp_path / "new", settings)
+        assert tree_hash(path) == before and {p.name for p in tmp_path.iterdir()} == {"clone", "run"}
+        (clone / "socratic").mkdir(exist_ok=True)
+        (clone / "socratic" / "train.jsonl").write_bytes((clone / "main" / "train.jsonl").read_bytes())
+
+
 def test_another_beta_shares_all_up_to_the_first_training(
     finished_run: Path, tmp_path: Path, tiny_model: Path, tiny_data: Path
 ) -> None:

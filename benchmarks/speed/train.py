@@ -8,7 +8,8 @@
 TRL runs in its best settings: bf16 autocast over float32 weights (as sparring), no checkpointing, reference log-probs
 precomputed before the clock starts (so are sparring's frozen ones), the fastest of sdpa and eager attention and of
 per-device batch sizes 1, 2 and 4 in a trial of one optimizer step (`--trl` names what an earlier one found). Its
-collator right-pads. It has a process of its own. sparring runs with the faster of `train.micro_tokens` 4096, the default,
+collator right-pads. It has a process of its own, with glibc's defaults or, by `--kept`, one that keeps the memory it
+frees, as sparring's does: page faults can be a third of its time (docs/log.md). sparring runs with the faster of `train.micro_tokens` 4096, the default,
 and 8192 in such a trial, else in its defaults for trainings of five minutes or more, with compiled layers, for which
 compiling (`compiling`: at first, and later from the cache) is done before the clock starts; `--compile never` is what it
 does in shorter ones. Both: RMSprop (α 0.99, ε 1e-8), constant rate, gradient norm cut at 1, β 0.1, logistic loss.
@@ -53,6 +54,12 @@ from sparring.train import train  # noqa: E402
 from sparring.types import Frozen, Group  # noqa: E402
 
 BETA = 0.1
+KEPT = {
+    "MALLOC_MMAP_THRESHOLD_": str(2**33),
+    "MALLOC_TRIM_THRESHOLD_": str(2**34),
+    "MALLOC_TOP_PAD_": str(2**28),
+}
+"""What has glibc keep memory."""
 MICRO_TOKENS = (4096, 8192)
 TOLERANCE = {"bfloat16": 2e-2, "float32": 1e-4}
 
@@ -199,7 +206,7 @@ def compare(name: str, shape: str, given: Any) -> dict[str, Any]:
 
     if given.device == "cpu":
         heap.keep()
-    peer = record.Peer([sys.executable, *sys.argv, "--child", "usual"])
+    peer = record.Peer([sys.executable, *sys.argv, "--child", "usual"], **(KEPT if given.kept else {}))
     told = peer.ask([name, shape])
 
     def trl() -> float:
@@ -233,7 +240,7 @@ def compare(name: str, shape: str, given: Any) -> dict[str, Any]:
             "micro_tokens": {str(micro): round(value, 3) for micro, value in trials.items()},
             "compiling": [round(x, 1) for x in compiling],
         },
-        "trl": record.spread(seconds[1]) | told["choice"],
+        "trl": record.spread(seconds[1]) | told["choice"] | {"kept": given.kept},
         "ratio": record.faster(*seconds),
         "step_losses": {"sparring": logged, "trl": told["losses"]},
         "step_loss_gap": gap,
@@ -265,6 +272,7 @@ def main() -> None:
     options.add_argument("--dtype", default="bfloat16", choices=list(TOLERANCE))
     options.add_argument("--compile", default="always", choices=["always", "never"])
     options.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    options.add_argument("--kept", action="store_true", help="TRL's process keeps the memory that it frees")
     given = parsed(options)
     if given.child:
         usual(given)

@@ -194,8 +194,8 @@ def fork(source: Path | str, new: Path | str, overrides: Sequence[str] = (), *, 
     # A fork that was cut short leaves no run that looks whole: the same command starts over.
     making = new.with_name(f".{new.name}.tmp")
     shutil.rmtree(making, ignore_errors=True)
-    with _opened(replace(prepared, path=making), redo=False) as target:
-        old = RunDir(Path(source))
+    old = RunDir(Path(source))
+    with _opened(replace(prepared, path=making), redo=False, source=old) as target:
         shared = [s.folder for s in prepared.plan.stages if s.folder not in late and target.adopt(old, s)]
     making.rename(new)
     return shared
@@ -324,9 +324,15 @@ def mark_best(path: Path) -> int | None:
 
 
 @contextmanager
-def _opened(prepared: Prepared, redo: bool) -> Iterator[RunDir]:
-    """The run, new or as it was left, held until the block ends. Raises InputError where settings touch what is done."""
+def _opened(prepared: Prepared, redo: bool, source: RunDir | None = None) -> Iterator[RunDir]:
+    """The run, new or as it was left, held until the block ends; `source`: what a new one shares stages with.
+
+    Raises InputError where settings touch what is done, and for data that cannot be told before anything is moved for them.
+    """
     target = RunDir(prepared.path)
+    before = source or target
+    if not before.done(prepared.plan.data) or before.touched([prepared.plan.data]):
+        data.locate(prepared.config.data)
     with target.lock():
         check_format(prepared.path)
         touched = target.touched(prepared.plan.stages)

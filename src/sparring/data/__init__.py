@@ -69,6 +69,11 @@ def fingerprint(config: DataConfig) -> dict[str, str]:
     return {f"{part} {name}": sha for part, files in parts.items() for name, sha in files.items()}
 
 
+def locate(config: DataConfig) -> None:
+    """Raises InputError where the data cannot be found, or not told which they are."""
+    _sources(config)
+
+
 def prompt_id(example: Example) -> str:
     """Content hash of the prompt alone."""
     return content_id(prompt_identity(example.messages))
@@ -123,7 +128,8 @@ def _sources(config: DataConfig, *, strict: bool = True) -> tuple[Source, Source
     path = config.path if config.heldout is None else config.heldout
     if not path:
         raise InputError("data.heldout: empty; name a file, or leave it out to hold out by seed")
-    heldout = find(path, config.heldout_split, config.name if path == config.path else None, strict=strict)
+    name = config.name if path == config.path or config.name == "." else None
+    heldout = find(path, config.heldout_split, name, strict=strict)
     trained = {file.resolve() for file in source.files}
     if heldout == source or any(file.resolve() in trained for file in heldout.files):
         raise InputError(f"{path}: held out and trained on at once; name another file in data.heldout or another split")

@@ -126,7 +126,7 @@ def _nearby(path: Path) -> str:
 def _configuration(path: Path, name: str, *, strict: bool) -> Path:
     """The folder of a configuration, as a clone of a Hub data set has it."""
     saved = any((path / file).is_file() for file in ("dataset_dict.json", "state.json"))
-    if (path / name).is_dir() and not saved:
+    if (path / name).is_dir() and (path / name).is_relative_to(path) and not saved:
         return path / name
     if not strict:
         return path
@@ -177,7 +177,8 @@ def _of_split(folder: Path, files: list[Path], split: str, *, strict: bool) -> l
     above = above or _above(names, lambda part: split.lower() in _words(part))
     if strict and len(several := sorted(set(above.values()))) > 1:
         raise InputError(
-            f"{folder}: split `{split}` lies in {' and '.join(several)}; choose one by data.name, or all by data.name=."
+            f"{folder}: split `{split}` lies in {' and '.join(several)}; choose one by data.name or by its own "
+            "path, or all by data.name=."
         )
     chosen = list(above)
     known = sorted({word for parts in names.values() for part in parts for word in _words(part)} & {*_SPLIT_WORDS})

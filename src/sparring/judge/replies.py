@@ -24,6 +24,7 @@ Conversation = Sequence[Message]
 _RATING = re.compile(r"\[\[(\d+\.?\d*)\]\]")
 _RATING_BACKUP = re.compile(r"\[(\d+\.?\d*)\]")
 _VERDICT = re.compile(r"\[\[([ABC])\]\]")
+_THINKING = re.compile(r"</?think>")
 
 
 def load_judge(name: str, *, model: str | None = None, **settings: Any) -> Judge:
@@ -115,14 +116,17 @@ def verdict(reply: str | None) -> float | None:
 
 
 def _said(reply: str | None) -> str:
-    """A reply behind the thinking that it begins with; nothing where that never ends."""
+    """A reply behind the thinking that it begins with, which may quote another's; nothing where that never ends."""
     said = (reply or "").lstrip()
-    thinking, ended, rest = said.partition("</think>")
-    if ended and "<think>" not in thinking:  # which some templates write for it
-        said = rest.lstrip()
-    while said.startswith("<think>"):
-        said = said.partition("</think>")[2].lstrip()
-    return said
+    begun = said.count("</think>") > said.count("<think>")  # some templates write the first one for it
+    if not begun and not said.startswith("<think>"):
+        return said
+    depth = int(begun)
+    for tag in _THINKING.finditer(said):
+        depth += 1 if tag[0] == "<think>" else -1
+        if depth == 0:
+            return _said(said[tag.end() :])
+    return said.rpartition("</think>")[2] if "</think>" in said else ""
 
 
 def agreed(first: float | None, second: float | None) -> float | None:
