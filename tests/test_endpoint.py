@@ -626,6 +626,7 @@ def test_bad_judges(tmp_path: Path) -> None:
         ("<think>It says <think>2 + 2</think>, so [[9]]?</think> Rating: [[3]]", 3.0),
         ("It says <think>2 + 2</think>, so [[9]]?</think> Rating: [[3]]", 3.0),
         ("<think>Its <think> never ends: [[9]]</think>[[1]]", 1.0),
+        ("</think>" * 3000 + "[[5]]", 5.0),  # a judge that repeats itself
         ("<think>[[5]]</think>", None),
         ("", None),
         (None, None),

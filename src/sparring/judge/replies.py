@@ -118,15 +118,18 @@ def verdict(reply: str | None) -> float | None:
 def _said(reply: str | None) -> str:
     """A reply behind the thinking that it begins with, which may quote another's; nothing where that never ends."""
     said = (reply or "").lstrip()
-    begun = said.count("</think>") > said.count("<think>")  # some templates write the first one for it
-    if not begun and not said.startswith("<think>"):
-        return said
-    depth = int(begun)
-    for tag in _THINKING.finditer(said):
-        depth += 1 if tag[0] == "<think>" else -1
-        if depth == 0:
-            return _said(said[tag.end() :])
-    return said.rpartition("</think>")[2] if "</think>" in said else ""
+    while True:
+        begun = said.count("</think>") > said.count("<think>")  # some templates write the first one for it
+        if not begun and not said.startswith("<think>"):
+            return said
+        depth = int(begun)
+        for tag in _THINKING.finditer(said):
+            depth += 1 if tag[0] == "<think>" else -1
+            if depth == 0:
+                break
+        else:
+            return said.rpartition("</think>")[2] if "</think>" in said else ""
+        said = said[tag.end() :].lstrip()
 
 
 def agreed(first: float | None, second: float | None) -> float | None:
