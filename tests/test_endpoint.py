@@ -443,7 +443,13 @@ def test_after_a_failure_what_is_under_way_is_still_given(serve: Callable[..., S
     assert len(server.asked) == 2
 
 
-def test_after_an_interrupt_what_is_under_way_is_still_given(serve: Callable[..., Server]) -> None:
+def test_after_an_interrupt_what_is_under_way_is_still_given(
+    serve: Callable[..., Server], request: pytest.FixtureRequest
+) -> None:
+    # A shell starts what runs in the background with Ctrl-C ignored
+    ours = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, ours))
+
     def interrupts_once(handler: Handler) -> None:
         main = threading.main_thread().ident
         assert main is not None
