@@ -94,6 +94,13 @@ def alive(pid: int) -> bool:
         return False
 
 
+def all_end(left: Callable[[], object], seconds: float = 20) -> None:
+    until = time.monotonic() + seconds
+    while left():
+        assert time.monotonic() < until, "a process outlived its run"
+        time.sleep(0.05)
+
+
 def everywhere(run: Path) -> list[int]:
     """The process ids of all members of a run, whoever started them."""
     found = []
@@ -166,10 +173,7 @@ def test_nothing_is_held_out_and_a_launcher_misses_nobody(tmp_path: Path, tiny_m
     assert program.end() == 1
     (line,) = [line for line in program.said().splitlines() if "nothing written is lost" in line]
     assert "round_000/player: process " in line and " of 2 was lost" in line
-    until = time.monotonic() + 20
-    while everywhere(tmp_path / "run"):
-        assert time.monotonic() < until, "a process outlived its run"
-        time.sleep(0.05)
+    all_end(lambda: everywhere(tmp_path / "run"))
     program = Program(given, tmp_path)
     assert program.end() == 0, program.said()
     assert RunView(tmp_path / "run").evaluation(1) == {"n": 0}
@@ -218,10 +222,7 @@ def test_torchrun_on_two_nodes_is_a_launcher(alone: Path, tmp_path: Path, tiny_m
     assert program.end() == 1
     (line,) = program.said().splitlines()
     assert "round_000/player: `" in line and "nodes.py` failed; nothing written is lost" in line
-    until = time.monotonic() + 20
-    while everywhere(tmp_path / "run"):
-        assert time.monotonic() < until, "a process outlived its run"
-        time.sleep(0.05)
+    all_end(lambda: everywhere(tmp_path / "run"))
     program = Program(given, tmp_path)
     assert program.end() == 0, program.said()
     check_same(tmp_path / "run", alone)
@@ -267,10 +268,7 @@ def test_kills_of_any_process_at_random(alone: Path, tmp_path: Path, tiny_model:
         kills += 1
         assert code == (-9 if victim == program.process.pid else 1), program.said()
         assert "Traceback" not in program.said()
-        until = time.monotonic() + 10
-        while any(map(alive, members)):
-            assert time.monotonic() < until, "a process outlived its run"
-            time.sleep(0.05)
+        all_end(lambda pids=members: any(map(alive, pids)))
     assert kills == 10
     check_same(tmp_path / "run", alone)
 

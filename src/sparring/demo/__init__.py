@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sparring import threads
 from sparring.config import Tree
 from sparring.errors import InputError
 from sparring.rundir.store import read_json, write_json
@@ -45,7 +46,7 @@ def recipe(out: Path, seed: int) -> Tree:
         # More than two threads slow a model of 47k parameters down; whoever set OMP_NUM_THREADS knows better.
         "model": {
             "path": str(out / "task" / "model"),
-            "threads": None if "OMP_NUM_THREADS" in os.environ else min(2, os.cpu_count() or 1),
+            "threads": None if "OMP_NUM_THREADS" in os.environ else min(2, threads.allowed()),
         },
         "data": {"path": str(out / "task" / "train.jsonl"), "heldout": str(out / "task" / "validation.jsonl")},
         "play": {"max_new_tokens": 24, "batch_size": 1000, "chunk": 1000},

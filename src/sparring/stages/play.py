@@ -273,9 +273,9 @@ def _official(shop: Workshop, rows: Sequence[Rendered], official: Official, most
     longest = max(made, key=lambda row: len(row.prompt), default=None)
     if longest is not None and len(longest.prompt) + most > context:
         raise InputError(
-            f"{examples[longest.example_id].source or longest.example_id}: its question of {len(longest.prompt)} tokens and an answer of {most} are more than "
-            f"the model's context of {context}, and the released code cuts no question; lower play.max_new_tokens or "
-            "leave such questions out of the data"
+            f"{examples[longest.example_id].source or longest.example_id}: its question of {len(longest.prompt)} tokens "
+            f"and an answer of {most} are more than the model's context of {context}, and the released code cuts no "
+            "question; lower play.max_new_tokens or leave such questions out of the data"
         )
     return made
 
