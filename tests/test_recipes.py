@@ -56,6 +56,14 @@ def test_a_recipe_loads(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", PLANNED, ids=lambda p: p.stem)
+def test_conversations_give_the_turns_that_spin_trains_on(path: Path) -> None:
+    """SPIN takes the first turn of a conversation only (§6.1 and reformat.py); `limit` counts rows before any is dropped."""
+    data = load(read_recipe(path), methods.signature, path).data
+    if re.search("ultrachat|tulu", str(data.path)):
+        assert data.turns == "first"
+
+
+@pytest.mark.parametrize("path", PLANNED, ids=lambda p: p.stem)
 def test_a_recipe_fits_the_hardware_that_it_names(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its head has the command."""
     monkeypatch.chdir(path.parents[1])
