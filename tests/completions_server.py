@@ -15,9 +15,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-DIALECTS = ("vllm", "ids", "text", "bare")
-"""vllm: token ids in and out. ids: takes them, ignores what it does not know, gives text. text: text alone, and refuses what
-OpenAI's protocol has not. bare: and knows no log-probs."""
+DIALECTS = ("vllm", "sglang", "ids", "strict", "lenient", "text")
+"""vllm: token ids in and out. sglang: so, and top_k 0 is refused where there is a choice. ids: takes token ids, ignores what
+it does not know, gives text; drawn from 2 tokens where nothing is said of top_k. strict: takes them, and refuses what OpenAI's
+protocol has not. lenient: text alone, else like ids. text: text alone, else like strict."""
+IN = ("vllm", "sglang", "ids", "strict")
+OUT = ("vllm", "sglang")
 OPENAI = {"model", "prompt", "max_tokens", "temperature", "top_p", "seed", "stop", "logprobs", "n"}
 Answer = Callable[["Handler"], None]
 
@@ -81,10 +84,12 @@ class Handler(BaseHTTPRequestHandler):
         if body["model"] not in self.server.players():
             return self.refuse(404, f"The model `{body['model']}` does not exist.")
         unknown = sorted(set(body) - OPENAI)
-        if dialect in ("text", "bare") and (unknown or isinstance(body["prompt"], list)):
-            return self.refuse(400, f"Unrecognized request argument: {(unknown or ['prompt'])[0]}")
-        if dialect == "bare" and "logprobs" in body:
-            return self.refuse(400, "logprobs are not supported")
+        if dialect in ("text", "strict") and unknown:
+            return self.refuse(400, f"Unrecognized request argument: {unknown[0]}")
+        if dialect not in IN and isinstance(body["prompt"], list):
+            return self.refuse(400, "prompt must be a string")
+        if dialect == "sglang" and body["temperature"] > 0 and body.get("top_k") == 0:
+            return self.refuse(400, "top_k must be -1 (disable) or at least 1, got 0.")
         model, tokenizer = self.server.model(body["model"])
         prompt = body["prompt"] if isinstance(body["prompt"], list) else tokenizer(body["prompt"])["input_ids"]
         if len(prompt) >= self.server.context:
@@ -119,7 +124,7 @@ def decode(
     from transformers import TopKLogitsWarper, TopPLogitsWarper
 
     generator = torch.Generator().manual_seed(body["seed"])
-    stops = {tokenizer.eos_token_id} | set(body.get("stop_token_ids", ()) if dialect == "vllm" else ())
+    stops = {tokenizer.eos_token_id} | set(body.get("stop_token_ids", ()) if dialect in OUT else ())
     ids, logps, finish, text = list(prompt), [], "length", ""
     while len(ids) < min(len(prompt) + body["max_tokens"], context):
         with torch.no_grad():
@@ -128,8 +133,9 @@ def decode(
             token = int(logits.argmax())
         else:
             warped = logits / body["temperature"]
-            if body.get("top_k"):
-                warped = TopKLogitsWarper(body["top_k"])(None, warped)
+            top_k = body.get("top_k", 2 if dialect in ("ids", "lenient") else 0)
+            if top_k > 0:
+                warped = TopKLogitsWarper(top_k)(None, warped)
             if body["top_p"] < 1:
                 warped = TopPLogitsWarper(body["top_p"])(None, warped)
             token = int(torch.multinomial(warped.softmax(-1), 1, generator=generator))
@@ -140,9 +146,9 @@ def decode(
             finish = "stop"
             break
     told = {"index": 0, "text": text, "finish_reason": finish}
-    if body.get("logprobs") is not None and not (dialect != "vllm" and body["logprobs"] == 0):
+    if body.get("logprobs") is not None and not (dialect not in OUT and body["logprobs"] == 0):
         told |= {"logprobs": {"token_logprobs": logps, "tokens": tokenizer.convert_ids_to_tokens(ids[len(prompt) :])}}
-    return told | ({"token_ids": ids[len(prompt) :]} if dialect == "vllm" and body.get("return_token_ids") else {})
+    return told | ({"token_ids": ids[len(prompt) :]} if dialect in OUT and body.get("return_token_ids") else {})
 
 
 def main() -> None:

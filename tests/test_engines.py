@@ -31,7 +31,7 @@ from sparring import api, players
 from sparring.config import EngineConfig, ModelConfig, PlayConfig
 from sparring.errors import InputError, SparringError
 from sparring.logps import plain_token_logps
-from sparring.play import leash, vllm
+from sparring.play import engines, leash, vllm
 from sparring.play.engines import Engine, health
 from sparring.play.hf import Answer, sample
 from sparring.play.server import Completions, listed
@@ -155,7 +155,9 @@ def test_vllm_on_cuda_is_near_and_gives_its_memory_back(folder: Path, tmp_path: 
 # What a server can do -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("dialect", "ids", "requests"), [("ids", True, 2), ("text", False, 3), ("bare", False, 4)])
+@pytest.mark.parametrize(
+    ("dialect", "ids", "requests"), [("ids", True, 2), ("strict", True, 3), ("lenient", False, 4), ("text", False, 5)]
+)
 def test_a_server_that_gives_text_gives_the_same_answers_marked_so(
     dialect: str, ids: bool, requests: int, folder: Path, serve: Callable[..., Server]
 ) -> None:
@@ -170,7 +172,22 @@ def test_a_server_that_gives_text_gives_the_same_answers_marked_so(
         assert list(ours.tokens) == [t for t in theirs.tokens if t not in (0, 2)] and ours.finish == theirs.finish
     assert len(text.asked) == requests + 10
     assert {isinstance(body["prompt"], list) for body in text.asked[-10:]} == {ids}
-    assert "return_token_ids" not in text.asked[-1] and text.asked[-1]["stop"] == ["<eos>"]
+    last = text.asked[-1]
+    assert not {"return_token_ids", "logprobs"} & set(last) and last["stop"] == ["<eos>"]
+    # Where it can be, what such a server would filter by itself is switched off
+    assert [last.get(name) for name in ("top_k", "min_p")] == (
+        [-1, 0.0] if dialect in ("ids", "lenient") else [None, None]
+    )
+
+
+def test_what_is_asked_greedily_first_can_be_drawn_afterwards(folder: Path, serve: Callable[..., Server]) -> None:
+    """SGLang checks top_k only where a token is drawn; an evaluation begins with greedy answers."""
+    whole, asked = completions(serve(folder), folder), completions(serve(folder, "sglang"), folder)
+    for temperature in (0.0, 1.5):
+        play = settings(temperature=temperature)
+        answers = asked.answers(PROMPTS, keys(10), play)
+        assert answers == whole.answers(PROMPTS, keys(10), play)
+        assert {answer.how for answer in answers} == {""} and min(len(answer.logps) for answer in answers) > 0
 
 
 def test_what_is_asked_of_a_server_with_token_ids(folder: Path, serve: Callable[..., Server]) -> None:
@@ -308,7 +325,7 @@ def test_the_first_refusal_is_told_where_no_form_is_taken(folder: Path, serve: C
     server.script, server.rest = [fails(400, "temperature must be in [0, 2]")], fails(422, "no")
     with pytest.raises(InputError, match=r"HTTP 400: temperature must be in \[0, 2\]"):
         completions(server, folder).answers(PROMPTS[:1], [1], settings())
-    assert len(server.asked) == 4
+    assert len(server.asked) == 5
 
 
 def test_requests_are_bounded_and_spread_over_replicas(
@@ -504,6 +521,10 @@ def free_port() -> int:
         (["play.engine=vllm", "play.temperature=3"], "play.temperature: 3: vllm takes 0 … 2; lower it, or set play.engine=hf"),
         (["play.engine=vllm", "engine.parallel=0"], "`engine.parallel=0`: engine.parallel: must be greater than 0"),
         (["play.engine=http://127.0.0.1:9/v1", "engine.model=m"], "engine.model: m, but the rounds play several players"),
+        (["play.engine=http://127.0.0.1:9/v1", "engine.model=m", "rounds=[{{method: spin, repeat: 2, opponent: best}}]"],
+         "engine.model: m, but the rounds play several players"),
+        (["play.engine=http://127.0.0.1:{port}/v1", "engine.model=m", "rounds=[{{method: spin, opponent: best}}]"],
+         "endpoint http://127.0.0.1:{port}/v1: ConnectError"),
         (["play.engine=vllm", "rounds=[{{method: nash_md}}]"], "play.engine: round_000 (nash_md) mixes two players' logits"),
         (["play.engine=http://127.0.0.1:9/v1", "engine.api_key_env=NO_SUCH_KEY"],
          "endpoint http://127.0.0.1:9/v1: the environment variable NO_SUCH_KEY is not set"),
@@ -571,6 +592,13 @@ echo "RuntimeError: Engine core initialization failed. See root cause above."
 echo "nanobind: leaked 4 instances!"
 exit 3
 """
+LOCKED = """#!{python}
+import http.server, sys
+class Locked(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_error(401)
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Locked).serve_forever()
+"""
 HANGS = """#!/bin/sh
 echo starting; sleep 1000 & echo $! > {pid}; wait
 """
@@ -613,6 +641,83 @@ def test_a_process_that_dies_is_told_by_its_logs_last_error(tmp_path: Path, fold
     told = rf"^vllm ended \(exit code 3\): ValueError: No available memory for the cache blocks; its log: {tmp_path}/vllm_0.log$"
     with pytest.raises(SparringError, match=told), vllm.serving(str(folder), ModelConfig(), engine, tmp_path):
         raise AssertionError("it is not ready")
+
+
+def test_what_could_not_start_is_begun_again_with_other_settings(tree: dict[str, Any], tmp_path: Path) -> None:
+    """The advice is to give it other arguments: nothing has been made yet that these would change."""
+    vllms = ["play.engine=vllm", f"engine.python={program(tmp_path / 'python', DIES)}"]
+    for given in ([], ["engine.arguments=[--max-model-len, '99']"]):
+        with pytest.raises(SparringError, match=r"^vllm ended \(exit code 3\): ValueError: No available memory"):
+            sparring.run(tree, [*vllms, *given])
+    assert len(samples(sparring.run(tree, ["play.engine=hf"]).path, 0)) == 12
+
+
+def test_what_an_earlier_process_logged_is_not_told_of_this_one(tmp_path: Path, folder: Path) -> None:
+    (tmp_path / "vllm_0.log").write_text("ValueError: No available memory for the cache blocks\n")
+    engine = EngineConfig(python=program(tmp_path / "python", HANGS, pid=tmp_path / "pid"), startup=1.0)
+    told = r"^vllm is not ready after 1 s: starting; its log: "
+    with pytest.raises(SparringError, match=told), vllm.serving(str(folder), ModelConfig(), engine, tmp_path):
+        raise AssertionError("it is not ready")
+    assert (tmp_path / "vllm_0.log").read_text().startswith("ValueError")
+
+
+def test_a_process_that_wants_a_key_is_told_at_once(tmp_path: Path, folder: Path) -> None:
+    engine = EngineConfig(python=program(tmp_path / "python", LOCKED, python=sys.executable))
+    told = (
+        r"^engine.arguments: vllm wants a key \(HTTP 401\), and what serves one stage needs none; leave --api-key out$"
+    )
+    with pytest.raises(InputError, match=told), vllm.serving(str(folder), ModelConfig(), engine, tmp_path):
+        raise AssertionError("it is not ready")
+
+
+def test_vllm_is_told_nothing_of_our_launcher_and_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With TORCHELASTIC_USE_AGENT_STORE its torch waits for a store that nobody keeps."""
+    foreign = [
+        "RANK",
+        "LOCAL_RANK",
+        "ROLE_RANK",
+        "GROUP_RANK",
+        "WORLD_SIZE",
+        "LOCAL_WORLD_SIZE",
+        "ROLE_WORLD_SIZE",
+        "GROUP_WORLD_SIZE",
+        "ROLE_NAME",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+        "TORCHELASTIC_USE_AGENT_STORE",
+        "TORCHELASTIC_RUN_ID",
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING",
+        "VLLM_API_KEY",
+        "PYTHONPATH",
+    ]
+    for name in (*foreign, "VLLM_CPU_KVCACHE_SPACE"):
+        monkeypatch.setenv(name, "1")
+    found = vllm._environment("2,3")
+    assert not set(foreign) & set(found)
+    assert (found["VLLM_CPU_KVCACHE_SPACE"], found["CUDA_VISIBLE_DEVICES"]) == ("1", "2,3")
+
+
+def test_new_adapters_on_an_adapter_are_not_for_vllm(tree: dict[str, Any], tmp_path: Path, folder: Path) -> None:
+    """The base is merged in memory then, and vllm reads folders: it would die in the second round."""
+    adapter = write_adapter(tmp_path / "adapter", folder)
+    lora = ["play.engine=vllm", f"engine.python={program(tmp_path / 'python', SERVE, python='', server='', source='')}"]
+    planned = api.prepare(tree, [*lora, f"model.path={adapter}", "model.lora_rank=2"])
+    with pytest.raises(
+        InputError, match=r"^play.engine: vllm serves an adapter on a whole model, and the base here is an "
+    ):
+        engines.check(planned.config, planned.plan, lambda stage: False)
+    for given in (["model.lora_rank=2"], [f"model.path={adapter}"]):
+        planned = api.prepare(tree, [*lora, *given])
+        engines.check(planned.config, planned.plan, lambda stage: False)
+
+
+def test_gpus_are_counted_where_vllm_will_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    engine = EngineConfig(python=program(tmp_path / "python", "#!/bin/sh\n"), tensor_parallel=8)
+    with pytest.raises(InputError, match=r"^engine.tensor_parallel: 8: "):
+        vllm.check(ModelConfig(), engine)
+    vllm.check(ModelConfig(), engine, here=False)
 
 
 def test_a_process_that_is_never_ready_is_ended(tmp_path: Path, folder: Path) -> None:
@@ -685,13 +790,18 @@ def test_a_whole_player_and_an_adapter_are_served(
     assert left.stdout == b""
 
 
-def test_the_arguments_of_vllm(tmp_path: Path, folder: Path) -> None:
-    adapter = tmp_path / "adapter"
+def write_adapter(adapter: Path, base: Path) -> Path:
+    """What tells an adapter of rank 9, without its weights."""
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text(
-        f'{{"peft_type": "LORA", "r": 9, "base_model_name_or_path": "{folder}"}}'
+        f'{{"peft_type": "LORA", "r": 9, "base_model_name_or_path": "{base}"}}'
     )
     (adapter / "adapter_model.safetensors").write_bytes(b"")
+    return adapter
+
+
+def test_the_arguments_of_vllm(tmp_path: Path, folder: Path) -> None:
+    adapter = write_adapter(tmp_path / "adapter", folder)
     assert vllm._player(str(adapter), "n", ModelConfig()) == [
         "--model", str(folder), "--served-model-name", "n-base", "--enable-lora", "--max-lora-rank", "16",
         "--lora-modules", f"n={adapter}",

@@ -307,3 +307,46 @@ def test_sampling_settings_that_transformers_would_not_save_are_kept(folder: Pat
     players.save_player(model, tokenizer, tmp_path / "player", "card", template="t", stop_ids=(1,))
     kept = json.loads((tmp_path / "player" / "generation_config.json").read_text())
     assert (kept["temperature"], kept["top_p"], kept["do_sample"]) == (0.9, 0.6, True)
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ({"pad_token_id": -1, "max_length": 99}, {"pad_token_id": None, "max_length": 99, "do_sample": None}),
+        ({"early_stopping": True, "length_penalty": 2.0, "pad_token_id": 0},
+         {"early_stopping": None, "length_penalty": None, "pad_token_id": 0, "do_sample": None}),
+        ({"output_attentions": True}, {"output_attentions": None, "do_sample": None}),
+        ({"use_cache": False, "cache_config": {"a": 1}}, {"use_cache": False, "cache_config": None, "do_sample": None}),
+        ({"num_beams": 4, "length_penalty": 2.0}, {"num_beams": 4, "length_penalty": 2.0}),
+        ({"pad_token_id": -1, "temperature": 0.5}, {"pad_token_id": None, "temperature": 0.5, "do_sample": True}),
+    ],
+)  # fmt: skip
+def test_a_player_is_saved_whatever_its_start_says_of_generation(
+    given: dict[str, Any], wanted: dict[str, Any], folder: Path, tmp_path: Path
+) -> None:
+    """transformers loads these and refuses to save them, once the end tokens are others: after a whole training."""
+    edit(folder / "generation_config.json", **given)
+    model, tokenizer = players.load_model(str(folder), CPU), load_tokenizer(str(folder))
+    players.save_player(model, tokenizer, tmp_path / "player", "card", template="t", stop_ids=(1, 3))
+    kept = json.loads((tmp_path / "player" / "generation_config.json").read_text())
+    assert {name: kept.get(name) for name in wanted} == wanted and kept["eos_token_id"] == [1, 3]
+
+
+def test_settings_that_are_refused_whatever_is_done_cost_no_player(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As another version of transformers may do."""
+    edit(folder / "generation_config.json", max_length=99, pad_token_id=0)
+    model, tokenizer = players.load_model(str(folder), CPU), load_tokenizer(str(folder))
+    whole = transformers.GenerationConfig.validate
+
+    def strict(config: transformers.GenerationConfig, *given: Any, **named: Any) -> None:
+        if config.max_length == 99:
+            raise ValueError("GenerationConfig is invalid: \n- `max_length`: 99")
+        whole(config, *given, **named)
+
+    monkeypatch.setattr(transformers.GenerationConfig, "validate", strict)
+    players.save_player(model, tokenizer, tmp_path / "player", "card", template="t", stop_ids=(1, 3))
+    kept = json.loads((tmp_path / "player" / "generation_config.json").read_text())
+    assert (kept["eos_token_id"], kept["pad_token_id"], kept.get("max_length")) == ([1, 3], 0, None)
+    assert "transformers refuses: GenerationConfig is invalid: - `max_length`: 99" in caplog.text

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import logging
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from sparring.types import Player
+
+log = logging.getLogger("sparring")
 
 _IDENTITY = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*/*.jinja", "*.py")
 # The run's own record of the folder is finished after it was hashed; an adapter's two files are hashed by what they say
@@ -354,11 +357,7 @@ def save_player(
     generation: Any = getattr(model, "generation_config", None)
     if generation is not None:
         generation.eos_token_id = list(stop_ids)
-        try:
-            generation.validate(strict=True)
-        except ValueError:
-            # Published models name a temperature without this, which transformers loads but refuses to save
-            generation.do_sample = True
+        generation = model.generation_config = _savable(generation)  # type: ignore[assignment]
     if adapters.is_adapter(model):
         adapters.save(model, folder)
         if generation is not None:
@@ -369,6 +368,44 @@ def save_player(
     own.chat_template = template
     own.save_pretrained(str(folder))
     (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _savable(generation: Any) -> Any:
+    """Generation settings that transformers saves: published models have some that it loads and refuses to write again.
+
+    What has no effect as it stands is taken out, and a temperature gets `do_sample`; of settings that are refused even then
+    the special tokens are left.
+    """
+    from transformers import GenerationConfig
+
+    def refusal() -> str | None:
+        try:
+            generation.validate(strict=True)
+        except ValueError as error:
+            return " ".join(str(error).split())
+        return None
+
+    if refusal():
+        one_beam, uncached = (generation.num_beams or 1) == 1, generation.use_cache is False
+        idle = {
+            "pad_token_id": (generation.pad_token_id or 0) < 0,
+            "early_stopping": one_beam,
+            "length_penalty": one_beam,
+            "cache_implementation": uncached,
+            "cache_config": uncached,
+            **dict.fromkeys(generation.extra_output_flags, generation.return_dict_in_generate is not True),
+        }
+        for name in (name for name, without_effect in idle.items() if without_effect):
+            setattr(generation, name, None)
+    if refusal():
+        generation.do_sample = True
+    if told := refusal():
+        log.warning(
+            "of the start's generation settings its special tokens alone are kept; transformers refuses: %s", told
+        )
+        names = ("bos_token_id", "eos_token_id", "pad_token_id")
+        return GenerationConfig(**{name: getattr(generation, name) for name in names})
+    return generation
 
 
 def export_player(path: str, out: Path, config: ModelConfig, *, merge: bool = False, card: str | None = None) -> None:

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 from sparring.config import Config, EngineConfig, PlayConfig
 from sparring.errors import InputError, SparringError
 from sparring.evaluate.tasks import is_suite
-from sparring.plan import Plan, Stage
+from sparring.plan import Plan, RoundPlan, Stage
 from sparring.play import vllm
+from sparring.players import is_adapter
 from sparring.remote import Remote
 from sparring.types import Player, Rendered, Sample
 
@@ -112,7 +113,8 @@ def check(config: Config, plan: Plan, done: Callable[[Stage], bool]) -> None:
     rounds = [r for r in plan.rounds if r.turns and r.settings.play.engine_kind != "hf"]
     served = [r for r in rounds if r.settings.play.engine_kind == "server"]
     measured = [stage for stage in _measures(plan) if not done(stage)] if config.evaluate.engine_kind != "hf" else []
-    several = len({str(r.roles[turn.role]) for r in served for turn in r.turns}) > 1
+    playing = {str(r.roles[turn.role]) for r in served for turn in r.turns}
+    several = len(playing) > 1 or ("best" in playing and len(served) > 1)  # another one as rounds go by
     waiting = [r for r in rounds if not done(r.stage("samples"))]
     for r in waiting:
         if any(turn.mixed_with is not None for turn in r.turns):
@@ -135,7 +137,11 @@ def check(config: Config, plan: Plan, done: Callable[[Stage], bool]) -> None:
     addresses = [r.settings.play.engine for r in waiting] + [config.evaluate.engine] * bool(measured)
     if "vllm" in addresses:
         played = any(r.settings.play.engine_kind == "vllm" for r in waiting)
-        vllm.check(config.model, config.engine, "play.engine" if played else "evaluate.engine")
+        key = "play.engine" if played else "evaluate.engine"
+        vllm.check(config.model, config.engine, key, here=config.cluster.launcher is None)
+        if config.model.lora_rank:
+            by_vllm = [r for r in waiting if r.settings.play.engine_kind == "vllm"]
+            _check_bases(config, plan, by_vllm, measured if config.evaluate.engine_kind == "vllm" else [], key)
     for address in dict.fromkeys(address for address in addresses if address != "vllm"):
         first = next((r for r in waiting if r.settings.play.engine == address), None)
         hasty = config.engine.model_copy(update={"retries": min(1, config.engine.retries)})
@@ -152,6 +158,20 @@ def _check_named(config: Config, who: str) -> None:
             f"engine.model: {config.engine.model or 'not given'}, but the {who} several players; write a name "
             f"with {PLAYER}, for which the player's number is put in"
         )
+
+
+def _check_bases(config: Config, plan: Plan, waiting: Sequence[RoundPlan], measured: Sequence[Stage], key: str) -> None:
+    """Raises InputError where vllm is to serve an adapter on an adapter, which is merged in memory: it reads folders."""
+    made = any(r.roles[turn.role] in ("best", *range(plan.first + 1, r.t + 1)) for r in waiting for turn in r.turns)
+    if not made and all(stage.folder.startswith("start/") for stage in measured):
+        return
+    starts = [config.model.path, *(str(r.roles["start"]) for r in plan.rounds if r.roles["start"] != "best")]
+    for path in starts:
+        if is_adapter(path):
+            raise InputError(
+                f"{key}: vllm serves an adapter on a whole model, and the base here is an adapter itself ({path}); merge it "
+                f"(`sparring.players.export_player(…, merge=True)`) and start from that, or set {key}=hf"
+            )
 
 
 def _check_sharded(config: Config, plan: Plan, done: Callable[[Stage], bool]) -> None:

@@ -42,13 +42,16 @@ class Form:
 
     ids: bool = True
     """Prompts are token ids, else text."""
-    extended: bool = True
-    """With vLLM's fields: token ids are given, and answers stop at token ids."""
-    logps: bool = True
-    """Log-probs are asked for."""
+    tokens: bool = False
+    """With vLLM's fields: answers are token ids with log-probs, and stop at token ids."""
+    unfiltered: bool = True
+    """With fields that OpenAI's protocol has not, which switch off what a server would filter by itself."""
 
 
-FORMS = (Form(), Form(extended=False), Form(ids=False, extended=False), Form(ids=False, extended=False, logps=False))
+FORMS = (
+    Form(tokens=True),
+    *(Form(ids, unfiltered=unfiltered) for ids in (True, False) for unfiltered in (True, False)),
+)
 """From the best on."""
 
 
@@ -106,7 +109,7 @@ class Completions:
                 refused = refused or error
                 continue
             # A server may take vLLM's fields and not know them
-            if not form.extended or self._fits(choice, prompt, short).tokens is not None:
+            if not form.tokens or self._fits(choice, prompt, short).tokens is not None:
                 return form
         assert refused is not None
         raise refused
@@ -136,17 +139,17 @@ class Completions:
             "top_p": settings.top_p,
             "seed": key % 2**31,
         }
-        if form.logps:
-            body["logprobs"] = (
-                0 if form.extended else 1
-            )  # others than the sampled token's; to some servers 0 means none
-        if form.extended:
-            # A server may take defaults for these from the model's generation_config.json
-            body |= {"top_k": settings.top_k, "min_p": 0.0, "repetition_penalty": 1.0}
+        if form.unfiltered:
+            # A server may have defaults of its own for these, or the model's generation_config.json has. That all tokens
+            # may be drawn is -1 to every server that knows top_k; 0 is refused by SGLang
+            body |= {"top_k": settings.top_k or -1, "min_p": 0.0, "repetition_penalty": 1.0}
             body |= {"presence_penalty": 0.0, "frequency_penalty": 0.0}
-            return body | {"stop_token_ids": list(self._renderer.stop_ids), "return_token_ids": True}
-        top_k = {"top_k": settings.top_k} if settings.top_k else {}
-        return body | top_k | ({"stop": self._stops} if self._stops else {})
+        elif settings.top_k:
+            body["top_k"] = settings.top_k
+        if form.tokens:
+            # logprobs: how many others than the sampled token's
+            return body | {"logprobs": 0, "stop_token_ids": list(self._renderer.stop_ids), "return_token_ids": True}
+        return body | ({"stop": self._stops} if self._stops else {})
 
     @cached_property
     def _stops(self) -> list[str]:

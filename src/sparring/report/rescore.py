@@ -57,9 +57,8 @@ def rescore(run: RunView) -> int:
         Rescored(*key, sha, tuple(logps))
         for key, table in known.items()
         for sha, logps in table.items()
-        if key[2] != sha
+        if key[1] != "gold"
     ]
-    rows = [row for row in rows if row.kind != "gold"]
     for sha, wanted in missing.items():
         if not wanted:
             continue

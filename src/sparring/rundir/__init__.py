@@ -132,9 +132,13 @@ class RunDir:
         return record
 
     def _work(self, stage: Stage) -> list[Path]:
-        """The files that earlier processes left of an unfinished stage."""
-        own = ("stage.json", "key")
-        return [p for p in self._written(stage) if p.is_file() and p.name not in own and p.name[0] != "."]
+        """The results that earlier processes left of an unfinished stage."""
+        own = ("stage.json", "key")  # and vllm's logs: one that could not start has made nothing
+        return [
+            p
+            for p in self._written(stage)
+            if p.is_file() and p.name not in own and p.name[0] != "." and p.suffix != ".log"
+        ]
 
     def _written(self, stage: Stage) -> list[Path]:
         """Files and folders of an unfinished stage, the log of its training among them."""
