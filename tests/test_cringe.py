@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from sparring import methods
+from sparring import api, methods
 from sparring.errors import InputError
 from sparring.losses.cringe import Contrast, contrast, draws
 from sparring.types import Batch, Finish, Group, LogProbs, Played, Rendered, Sample, Score
@@ -310,7 +311,38 @@ def test_pairwise_groups_come_from_each_of_the_sources() -> None:
     data = methods.make("pairwise_cringe", {"pairs": "data"})
     assert data.plays == () and data.groups(Played(0, ROWS[:1])).groups[0].completions == ((5, 2), (8, 2))
     assert methods.make("pairwise_cringe", {"pairs": "best_worst", "scorer": "verifier:gsm8k"}).scorer
-    assert methods.make("pairwise_cringe", {"pairs": "verified"}).verifier == "gsm8k"
+
+
+def test_pairs_by_a_verifier_take_gold_and_as_many_as_are_asked_for() -> None:
+    samples = [sample("a", i, (6 + i, 2)) for i in range(3)]
+    played = Played(2, ROWS[:1], samples, scores=[Score("a", tuple(s.id for s in samples), (1.0, 0.0, 0.0))])
+
+    def winners(**hyper: object) -> list[tuple[int, ...]]:
+        made = methods.make("pairwise_cringe", {"pairs": "verified", **hyper})
+        assert made.verifier == "gsm8k"
+        return [group.completions[0] for group in made.groups(played).groups]
+
+    assert winners() == winners(per_prompt=10) == [(5, 2), (6, 2)]
+    assert winners(per_prompt=1) == [(5, 2)]
+    assert winners(with_gold=False) == [(6, 2), (6, 2)]
+
+
+def test_cringe_trains_again_on_as_many_rounds_as_it_remembers() -> None:
+    assert methods.make("cringe", {}).memory == () and methods.make("cringe", {"memory": 2}).memory == (1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "later"), [("cringe", {"memory": 1}), ("pairwise_cringe", {"per_prompt": 3, "with_gold": False})]
+)
+def test_runs_made_before_there_was_a_hyper_parameter_keep_their_keys(
+    name: str, later: dict[str, object], tiny_recipe: dict[str, Any]
+) -> None:
+    def told(**hyper: object) -> set[str]:
+        rounds = [{"method": name, **hyper}]
+        trained = api.prepare(tiny_recipe | {"rounds": rounds}).plan.rounds[0].stage("player")
+        return {key for key in trained.settings if key.removeprefix(f"{name}.") in later}
+
+    assert told() == set() and told(**later) == {f"{name}.{key}" for key in later}
 
 
 @pytest.mark.parametrize("name", ["cringe", "pairwise_cringe"])
@@ -332,6 +364,7 @@ def test_pairing_does_not_change_with_the_loss() -> None:
     [
         ("cringe", {"alpha": -1.0}, "alpha must be 0 or above"),
         ("cringe", {"k": 0}, "k counts tokens"),
+        ("cringe", {"memory": -1}, "memory counts rounds"),
         ("cringe", {"positive": "best"}, "positive `best` is unknown; known are sample, expect"),
         ("cringe", {"reduction": "mean"}, "reduction `mean` is unknown; known are token, sum"),
         ("pairwise_cringe", {"tau": 0.0}, "tau above 0"),

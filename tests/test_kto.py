@@ -14,6 +14,7 @@ from sparring import methods
 from sparring.errors import InputError
 from sparring.losses.preference import kto
 from sparring.pair.preference import merged
+from sparring.stages.pair import _Lengths
 from sparring.types import Batch, Group, LogProbs, Played, Rendered, Sample, Score
 from test_dpo import row, sample, score
 
@@ -220,3 +221,14 @@ def test_who_takes_part() -> None:
 def test_refused_hyper_parameters(hyper: dict[str, object], message: str) -> None:
     with pytest.raises(InputError, match=message):
         methods.make("kto", hyper)
+
+
+def test_lengths_are_those_of_the_prompts_own_answers() -> None:
+    """Desirable answers of 4 tokens (gold) and undesirable ones of 2; what stands beside them is another prompt's."""
+    samples = [sample(name, 0, (7, 2)) for name in "ab"]
+    played = Played(1, [row("a", (5, 5, 5, 2)), row("b", (6, 6, 6, 2))], samples)
+    for z0 in ("mismatched", "zero"):
+        made = methods.make("kto", {"answers": "gold", "z0": z0}).groups(played).groups
+        lengths = _Lengths()
+        lengths.add(made)
+        assert (lengths.groups, lengths.gap) == (4, 2.0), made

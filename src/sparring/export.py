@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from sparring import card, methods, players, preview
 from sparring.errors import InputError
 from sparring.formatting import visible
+from sparring.pair.preference import MISMATCHED
 from sparring.rundir.store import Rows, sync
 from sparring.stages.train import selected
 from sparring.types import Frozen, Group, Sample
@@ -188,7 +189,7 @@ def _frozen(r: RoundView) -> dict[str, Sequence[Frozen]]:
 
 def _pairs(group: Group) -> Iterator[tuple[int, int]]:
     """Places of the best completion and of each one with a lower target; another example's answers take no part."""
-    own = [i for i, source in enumerate(group.sources) if not source.startswith("mismatched")]
+    own = [i for i, source in enumerate(group.sources) if not source.startswith(MISMATCHED)]
     best = max(own, key=lambda i: group.targets[i])
     yield from ((best, i) for i in own if group.targets[i] < group.targets[best])
 

@@ -199,7 +199,8 @@ def _round(
     shared: dict[str, Any] = {"limit": settings.limit, "play.max_new_tokens": settings.play.max_new_tokens}
     prompts: dict[str, Any] = {"model.chat_template": _template(config)} | shared
     compute = _compute(config)
-    depends = settings.hyper if method.pairing is None else method.pairing
+    hyper = {key: value for key, value in settings.hyper.items() if _LATER.get((method.name, key), ()) != value}
+    depends = hyper if method.pairing is None else method.pairing
     stages: list[Stage] = []
     if draft.turns:
         played: dict[str, Any] = {"seed": config.seed, "round": t} | prompts | compute
@@ -235,7 +236,7 @@ def _round(
         frozen_settings["play.chunk"] = settings.play.chunk  # cuts these shards too, and is in no samples' key
     frozen = Stage(f"{folder}/frozen", "frozen", frozen_settings, _keys([groups]) | player(*draft.frozen))
     stages += [groups, frozen]
-    trained = {"seed": config.seed, "method": name} | compute | _dotted(method.name, settings.hyper)
+    trained = {"seed": config.seed, "method": name} | compute | _dotted(method.name, hyper)
     trained |= _dotted("train", settings.train.identity()) | _lora(config)
     inputs = _keys([groups, frozen]) | player("start")
     if "frozen_logits" in method.needs:
@@ -283,6 +284,12 @@ def _keys(stages: Iterable[Stage]) -> dict[str, str]:
     return {stage.folder: stage.key for stage in stages}
 
 
+_LATER = {
+    ("cringe", "memory"): 0,
+    ("pairwise_cringe", "per_prompt"): 10,
+    ("pairwise_cringe", "with_gold"): True,
+}
+"""Hyper-parameters that came later, with their defaults, which are in no key: runs made before keep theirs."""
 _GOLD_FIRST = {"spin", "alpha_spin", "fictitious_play", "tpaw"}
 """Methods whose groups are (gold, sample) and nothing else, so that each may train on the others'."""
 

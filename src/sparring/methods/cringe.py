@@ -21,6 +21,7 @@ def method(
     detach_positive: bool = False,
     reduction: str = "token",
     verifier: str | None = None,
+    memory: int = 0,
 ) -> Method:
     """−log p_θ of positive answers + alpha · Σ_t log(1 + exp(s_t[n_t] − s⁺_t)) of negative ones, s the raw logits.
 
@@ -34,7 +35,11 @@ def method(
     verifier: none: gold is positive and every own answer negative (this library's choice, in SPIN's manner). With one,
         own right answers are positive, wrong ones negative and unjudged ones left out: the paper's classifier step, but
         without its balance of half and half.
+    memory: earlier rounds whose groups are trained on again; the paper's iterations add to the training set, so as many
+        as there are. None by default (this library's choice).
     """
+    if memory < 0:
+        raise ValueError(f"memory counts rounds (0, 1, …), not {memory}")
     if alpha < 0:
         raise ValueError(f"alpha must be 0 or above, not {alpha:g}: below it own answers would be reinforced")
     how = Contrast(k, choice("positive", positive, POSITIVE), detach_positive)
@@ -66,6 +71,7 @@ def method(
         metrics=metrics,
         frozen=(),
         verifier=verifier,
+        memory=(1.0,) * memory,
         needs=("policy_logits",),
         pairing={"reduction": reduction},
         status="code",

@@ -25,6 +25,8 @@ def method(
     pairs: str = "gold",
     verifier: str = "gsm8k",
     scorer: str | None = None,
+    per_prompt: int = 10,
+    with_gold: bool = True,
 ) -> Method:
     """g · [−log p_θ(y_w) + alpha · Cringe(y_l)], g = σ((b − M)/tau), M = log p_θ(y_w) − log p_θ(y_l); no reference.
 
@@ -38,12 +40,15 @@ def method(
     reduction: `sum` over a pair's tokens, or divided by their number, which is then the pair's weight (`token`).
     pairs, verifier, scorer: where pairs come from, as for `dpo`: `gold`, `data`, `verified` or `best_worst`, which is
         the paper's with its reward model as scorer.
+    per_prompt, with_gold: of `verified`, as for `dpo`: pairs of a prompt, and whether gold counts among the right answers.
     """
     if alpha < 0 or tau <= 0:
         raise ValueError(f"alpha is at least 0 and tau above 0; not {alpha:g} and {tau:g}")
     how = Contrast(k, choice("positive", positive, POSITIVE), detach_positive)
     by_token = choice("reduction", reduction, REDUCTION)
-    pairing = dpo.method(loss="simpo", pairs=pairs, verifier=verifier, scorer=scorer)
+    pairing = dpo.method(
+        loss="simpo", pairs=pairs, verifier=verifier, scorer=scorer, per_prompt=per_prompt, with_gold=with_gold
+    )
 
     def groups(played: Played) -> Paired:
         made = pairing.groups(played)

@@ -13,6 +13,8 @@ from sparring.types import Group, Paired, Rendered, Sample, Score
 
 Answer = tuple[tuple[int, ...], str]
 """Token ids and where they are from (`Group.sources`)."""
+MISMATCHED = "mismatched"
+"""How the source of an answer to another prompt begins."""
 
 
 def given_pairs(rows: Sequence[Rendered], origin_round: int) -> Paired:
@@ -122,7 +124,7 @@ def with_mismatched(made: Paired) -> Paired:
             group,
             completions=(*group.completions, *other.completions),
             targets=(*group.targets, 0.0),
-            sources=(*group.sources, f"mismatched, of {other.example_id}"),
+            sources=(*group.sources, f"{MISMATCHED}, of {other.example_id}"),
         )
         for group, other in zip(groups, others, strict=True)
         if group.prompt != other.prompt

@@ -12,6 +12,7 @@ from typing import Any
 
 from sparring import pair
 from sparring.errors import SparringError
+from sparring.pair.preference import MISMATCHED
 from sparring.plan import RoundPlan, round_folder
 from sparring.rundir import Counts
 from sparring.rundir.store import Rows, Split, read_json, write_json, write_shards
@@ -89,7 +90,10 @@ def _parts(shop: Workshop, r: RoundPlan, rows: Rows[Rendered], samples: Rows[Sam
 
 
 class _Lengths:
-    """How many groups there are, and the tokens of their preferred completions and of the others."""
+    """How many groups there are, and the tokens of their preferred completions and of the others.
+
+    Within a group, or among those of one completion (KTO's, beside another prompt's answer) by their targets.
+    """
 
     def __init__(self) -> None:
         self.groups = 0
@@ -98,9 +102,11 @@ class _Lengths:
     def add(self, groups: Sequence[Group]) -> None:
         self.groups += len(groups)
         for group in groups:
-            top = max(group.targets)
-            if min(group.targets) < top:
-                for completion, target in zip(group.completions, group.targets, strict=True):
+            table = zip(group.completions, group.targets, group.sources, strict=True)
+            own = [(completion, target) for completion, target, source in table if not source.startswith(MISMATCHED)]
+            top = max(target for _, target in own) if len(own) > 1 else 1.0
+            if len(own) == 1 or min(target for _, target in own) < top:
+                for completion, target in own:
                     self._tokens[target == top] += len(completion)
                     self._counts[target == top] += 1
 
