@@ -197,7 +197,7 @@ def test_duplicates_and_overlap_are_counted(tmp_path: Path) -> None:
     loaded = data.load(DataConfig(path=str(path), heldout=str(held), on_bad_row="skip"), seed=0)
     assert loaded.counts == {
         "rows": 5, "bad": 0, "duplicates": 1, "heldout_rows": 4, "heldout_bad": 1, "heldout_duplicates": 1,
-        "train": 4, "heldout": 2, "generated": 0, "overlap": 1,
+        "train": 4, "heldout": 2, "heldout_same_prompt": 0, "generated": 0, "overlap": 1,
     }  # fmt: skip
     assert {e.source for e in loaded.train} == {f"{path}:{i}" for i in (1, 2, 3, 5)}
     assert data.load(DataConfig(path=str(path), heldout_size=0), seed=0).counts["overlap"] == 0
@@ -220,7 +220,7 @@ def test_split_properties(examples: list[Example], size: int, seed: int, chance:
     groups: dict[str, int] = {}
     for e in examples:
         groups[e.messages[0].content] = groups.get(e.messages[0].content, 0) + 1
-    if size >= len(examples) or (size and min(groups.values()) > size):
+    if size >= len(groups):
         with pytest.raises(InputError):
             data.split(examples, size, seed)
         return
@@ -228,11 +228,27 @@ def test_split_properties(examples: list[Example], size: int, seed: int, chance:
     assert sorted(e.id for e in train + heldout) == sorted(e.id for e in examples)
     assert not {e.messages for e in train} & {e.messages for e in heldout}
     assert train
-    assert len(heldout) == size if max(groups.values()) == 1 else len(heldout) <= size
+    assert len({e.messages for e in heldout}) == size
     mixed = chance.sample(examples, len(examples))
     again = data.split(mixed, size, seed)
     assert [{e.id for e in side} for side in again] == [{e.id for e in train}, {e.id for e in heldout}]
     assert data.shuffled(mixed, seed) == data.shuffled(examples, seed)
+
+
+def test_a_held_out_prompt_counts_once_however_many_answers_it_has(tmp_path: Path) -> None:
+    """A player's answer to it is one: ten golds would make ten equal verdicts, and standard errors a third of the true ones."""
+    rows = [{"question": f"q{i}", "answer": f"a{i} {k}"} for i in range(20) for k in range(4)]
+    path = jsonl(tmp_path / "a.jsonl", *rows)
+    for size in (5, 0.25):
+        loaded = data.load(DataConfig(path=str(path), heldout_size=size), seed=0)
+        assert (len(loaded.heldout), len({e.messages for e in loaded.heldout}), len(loaded.train)) == (5, 5, 60)
+        assert loaded.counts["heldout_same_prompt"] == 15
+    held = jsonl(tmp_path / "b.jsonl", *({**row, "question": f"held {row['question']}"} for row in rows))
+    first = data.load(DataConfig(path=str(path), heldout=str(held)), seed=0)
+    assert (len(first.train), len(first.heldout), first.counts["heldout_same_prompt"]) == (80, 20, 60)
+    jsonl(held, *({**row, "question": f"held {row['question']}"} for row in reversed(rows)))
+    again = data.load(DataConfig(path=str(path), heldout=str(held)), seed=0)
+    assert [e.gold for e in again.heldout] == [e.gold for e in first.heldout]
 
 
 def test_split_takes_the_share_and_follows_the_seed() -> None:

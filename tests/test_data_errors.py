@@ -238,12 +238,12 @@ def test_invalid_utf8_in_parquet_is_named_by_row(tmp_path: Path) -> None:
         ),
         (
             {"heldout_size": 4},
-            "data.heldout_size: holding out 4 of 4 examples leaves none to train on; lower it, 0 holds out none",
+            "data.heldout_size: holding out 4 of 4 prompts leaves none to train on; lower it, 0 holds out none",
         ),
-        ({"heldout_size": 1.0}, "data.heldout_size: 1.0 is not a share below 1; write 1 for a number of examples"),
+        ({"heldout_size": 1.0}, "data.heldout_size: 1.0 is not a share below 1; write 1 for a number of prompts"),
         (
             {"heldout_size": 0.9},
-            "data.heldout_size: holding out 4 of 4 examples leaves none to train on; lower it, 0 holds out none",
+            "data.heldout_size: holding out 4 of 4 prompts leaves none to train on; lower it, 0 holds out none",
         ),
     ],
 )
@@ -256,5 +256,5 @@ def test_bad_settings(tmp_path: Path, settings: Any, problem: str) -> None:
 def test_one_prompt_cannot_be_held_out(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "a.jsonl", *({"question": Q, "answer": f"a{i}"} for i in range(4)))
     assert failure(path, heldout_size=2).startswith(
-        "data.heldout_size: 2 of 4 examples cannot be held out: each prompt has more"
+        "data.heldout_size: holding out 2 of 1 prompts leaves none to train on"
     )

@@ -306,6 +306,23 @@ def test_whitespace_among_the_added_tokens_is_spelling() -> None:
         assert control_ids(tokenizer, renderer.completion(user("q"), answer)) == [wide]
 
 
+def test_tags_that_are_tokens_of_ordinary_text_are_taken_as_they_are() -> None:
+    """Gemma's: its own answers have them, so gold answers that spell them would be told apart by their tokens."""
+    backend = Tokenizer.from_str(toys.chatml().backend_tokenizer.to_str())
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<|im_end|>", chat_template=toys.chatml().chat_template
+    )
+    tokenizer.add_tokens([AddedToken(t, normalized=False) for t in ("<b>", "</b>", "<h1>", "</s>", "<bx>")])
+    renderer, text = Renderer(tokenizer), "<h1>a</h1> <b>x</b> <|im_end|></s><bx>"
+    tags = tokenizer.convert_tokens_to_ids(["<h1>", "<b>", "</b>"])
+    assert control_ids(tokenizer, renderer.completion(user("q"), text)) == tags
+    plain = "a <b>x</b> <h1>"
+    assert (
+        renderer.prompt(user(plain))
+        == tokenizer.apply_chat_template([{"role": "user", "content": plain}], add_generation_prompt=True)["input_ids"]
+    )
+
+
 def test_end_token_that_is_no_special_token_is_not_part_of_the_text(tmp_path: Path) -> None:
     template = tmp_path / "t.jinja"
     template.write_text("{% for m in messages %}{{ m['content'] }}</think>{% endfor %}")

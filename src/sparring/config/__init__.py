@@ -142,7 +142,7 @@ class DataConfig(Section):
     heldout: str | None = _doc(None, "File of held-out examples; otherwise they are taken from the training data.")
     heldout_split: str | None = _doc(None, "Split that holds them, in `heldout` or else in `path`.")
     heldout_size: int | float = _doc(
-        0.05, "Without a given split: how many (int) or which share (float) to hold out, chosen by seed.", ge=0
+        0.05, "Without a given split: how many prompts (int) or which share (float) to hold out, chosen by seed.", ge=0
     )
     gold_only: bool = _doc(False, "Ignore a `generated` column instead of taking it as round 0's samples.")
     on_bad_row: Literal["fail", "skip"] = _doc("fail", "Stop at a bad row, or skip and count it.")

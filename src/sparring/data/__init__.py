@@ -27,15 +27,16 @@ class Loaded:
     heldout: list[Example]
     counts: dict[str, int]
     """`rows`, `bad`, `duplicates` of the training source (those held out by seed included), the same with `heldout_`
-    for a held-out source; `train`, `heldout` examples; `generated` training examples that came with an answer;
-    `overlap` prompts that stand on both sides."""
+    for a held-out source; `train`, `heldout` examples; `heldout_same_prompt`: further examples of held-out prompts, which
+    are left out; `generated` training examples that came with an answer; `overlap` prompts that stand on both sides."""
 
 
 def load(config: DataConfig, seed: int) -> Loaded:
     """Read the data of a run.
 
-    Rows with the same prompt and gold answer are kept once, the first of them: their id keys the samples.
-    Raises InputError, one line, naming file and line of a bad row (`on_bad_row: fail`), the columns found where no
+    Rows with the same prompt and gold answer are kept once, the first of them: their id keys the samples. A held-out
+    prompt has one example: a player answers it one way, whatever the number of gold answers, so more would be counted as
+    independent and are not. Raises InputError, one line, naming file and line of a bad row (`on_bad_row: fail`), the columns found where no
     format fits, and a split that leaves nothing to train on.
     """
     check_columns(config)
@@ -47,15 +48,17 @@ def load(config: DataConfig, seed: int) -> Loaded:
         heldout, heldout_counts = _read(heldout_source, config, ())
     elif config.heldout_size:
         train, heldout = split(train, config.heldout_size, seed)
+    kept = {prompt_id(example): example for example in sorted(heldout, key=lambda e: _rank("gold", seed, e.id))}
     train = shuffled(train, seed)[: config.limit]
     counts |= {f"heldout_{name}": count for name, count in heldout_counts.items()}
     counts |= {
         "train": len(train),
-        "heldout": len(heldout),
+        "heldout": len(kept),
+        "heldout_same_prompt": len(heldout) - len(kept),
         "generated": sum(example.generated is not None for example in train),
         "overlap": len({prompt_id(e) for e in train} & {prompt_id(e) for e in heldout}) if heldout_source else 0,
     }
-    return Loaded(train, shuffled(heldout, seed), counts)
+    return Loaded(train, shuffled(list(kept.values()), seed), counts)
 
 
 def fingerprint(config: DataConfig) -> dict[str, str]:
@@ -85,33 +88,22 @@ def shuffled(examples: Sequence[Example], seed: int) -> list[Example]:
 
 
 def split(examples: Sequence[Example], size: int | float, seed: int) -> tuple[list[Example], list[Example]]:
-    """Hold out `size` examples (a float: that share of them, at least one) by seed, into (train, heldout).
+    """Hold out the examples of `size` prompts (a float: of that share of them, at least one) by seed, into (train, heldout).
 
-    Examples that share a prompt stay together, so fewer are held out where groups do not fill `size` exactly.
-    Raises InputError where nothing would be left to train on, or nothing can be held out.
+    Raises InputError where nothing would be left to train on.
     """
     if isinstance(size, float) and size >= 1:
-        raise InputError(f"data.heldout_size: {size} is not a share below 1; write {size:.0f} for a number of examples")
-    wanted = size if isinstance(size, int) else max(1, round(size * len(examples))) if size else 0
-    if wanted >= len(examples):
-        raise InputError(
-            f"data.heldout_size: holding out {wanted} of {len(examples)} examples leaves none to train on; "
-            "lower it, 0 holds out none"
-        )
+        raise InputError(f"data.heldout_size: {size} is not a share below 1; write {size:.0f} for a number of prompts")
     groups: dict[str, list[Example]] = defaultdict(list)
     for example in examples:
         groups[prompt_id(example)].append(example)
-    chosen: set[str] = set()
-    count = 0
-    for prompt in sorted(groups, key=lambda prompt: _rank("heldout", seed, prompt)):
-        if count + len(groups[prompt]) <= wanted:
-            chosen.add(prompt)
-            count += len(groups[prompt])
-    if wanted and not chosen:
+    wanted = size if isinstance(size, int) else max(1, round(size * len(groups))) if size else 0
+    if wanted >= len(groups):
         raise InputError(
-            f"data.heldout_size: {wanted} of {len(examples)} examples cannot be held out: each prompt has more answers "
-            "than that, and they stay together; raise it, 0 holds out none"
+            f"data.heldout_size: holding out {wanted} of {len(groups)} prompts leaves none to train on; lower it, 0 holds "
+            "out none"
         )
+    chosen = set(sorted(groups, key=lambda prompt: _rank("heldout", seed, prompt))[:wanted])
     train = [example for prompt, group in groups.items() if prompt not in chosen for example in group]
     return train, [example for prompt, group in groups.items() if prompt in chosen for example in group]
 

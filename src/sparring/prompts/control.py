@@ -21,6 +21,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+_TAGS = (
+    "a abbr b blockquote body br button caption center code dd del details div dl dt em figure font footer form h[1-6] head "
+    "header hr html i iframe img input ins kbd label li link mark meta nav ol option p pre q samp script section select "
+    "small span strike strong style sub summary sup table tbody td textarea tfoot th thead title tr tt u ul var"
+)
+_SPELLING = re.compile(rf"\s+|.|</?(?:{'|'.join(_TAGS.split())})>", re.DOTALL)
+"""Added tokens that are no control tokens unless the tokenizer says so. `<s>` and `</s>` are always: begin and end."""
+
+
 def unicode_text(text: str) -> str:
     """The text itself. Raises InputError where it holds a lone surrogate, which no tokenizer can encode."""
     try:
@@ -31,19 +40,20 @@ def unicode_text(text: str) -> str:
 
 
 class ControlTokens:
-    """The control tokens of one tokenizer: all added tokens but whitespace and single ordinary characters.
+    """The control tokens of one tokenizer: all added tokens but whitespace, single ordinary characters and HTML tags.
 
-    Those exceptions (Gemma's `\\n\\n`, Phi's runs of spaces) are spelling: ordinary text is meant to use them.
+    Those exceptions (Gemma's `\\n\\n` and `<b>`, Phi's runs of spaces) are spelling: ordinary text is meant to use them, and
+    a player answers with them, so that gold answers without would be told apart by their tokens.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
         self._backend: Any = getattr(tokenizer, "backend_tokenizer", None)
-        added = tokenizer.added_tokens_decoder
+        added, named = tokenizer.added_tokens_decoder, set(tokenizer.all_special_tokens)
         self.ids = {
             token.content: id
             for id, token in added.items()
-            if token.content and (token.special or (len(token.content) > 1 and not token.content.isspace()))
+            if token.content and (token.special or token.content in named or not _SPELLING.fullmatch(token.content))
         }
         # Longest first, because tokenizers take the longest of the added tokens that start at one place
         either = "|".join(map(re.escape, sorted(self.ids, key=len, reverse=True))) or "(?!)"
