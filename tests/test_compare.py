@@ -62,6 +62,18 @@ def test_other_prompts_are_not_compared(runs: tuple[RunView, RunView], tiny_mode
     assert compare([runs[0], other])[1][1].over_first is None
 
 
+def test_how_a_figure_is_not_measured_does_not_matter(runs: tuple[RunView, RunView], tmp_path: Path) -> None:
+    """log p(gold) is the same whatever is sampled beside it; its prompts are looked at where they are paired."""
+    for name, given, same in (
+        ("colder", ["evaluate.temperature=0.5", "evaluate.samples=2", "evaluate.limit=1000"], True),
+        ("fewer", ["evaluate.limit=3"], False),
+        ("shorter", ["evaluate.max_new_tokens=3"], False),
+    ):
+        sparring.fork(runs[0].path, tmp_path / name, given)
+        (row,) = compare([runs[0], sparring.run(tmp_path / name)])[1][1:]
+        assert (row.over_first is not None and row.over_first.mean == 0.0) == same, given
+
+
 def test_a_run_that_is_under_way_is_compared_as_far_as_it_is(tmp_path: Path, tiny_model: Path, tiny_data: Path) -> None:
     """Without a verifier the newest player is the best, measured or not."""
     last = {"rounds": [{"method": "spin"}], "evaluate": {"verifier": None, "best": "last", "limit": 4}}

@@ -427,7 +427,7 @@ def test_a_run_says_what_its_guard_did(tiny_model: Path, tiny_data: Path, tmp_pa
     assert (counts["steps"], counts["backoffs"], counts["ended_early"]) == (0, 2, "0 of 3 steps")
     same = [players.load_model(view.players[n].path, ModelConfig(device="cpu")) for n in (0, 1)]
     assert torch.equal(flat(same[0]), flat(same[1]))
-    assert view.ended == {1: True}
+    assert view.ended == {1: 0}
     assert view.best == 0  # no verifier says which player is better, and player 1 is none of its own
     lines = view.control_lines()
     assert len(lines) == 3 and lines[-1] == "round 0: ended early, after 0 of 3 steps"
@@ -457,7 +457,11 @@ def test_the_best_player_with_a_figure() -> None:
     assert best_player(scored(0.50, 0.60, 0.585, 0.57), SAMPLED, {}) == 2
     assert best_player(scored(0.50, 0.60, 0.50, se=None), SAMPLED, {}) == 1
     # A player that a guard ended is judged by its figure like any other
-    assert best_player(scored(0.50, 0.60, 0.50), SAMPLED, {1: True}) == 1
+    assert best_player(scored(0.50, 0.60, 0.50), SAMPLED, {1: 3}) == 1
+    # But for one of whose round no step was kept, which is an earlier one
+    assert best_player(scored(0.50, 0.50, 0.50), SAMPLED, {1: 0, 2: 0}) == 0
+    assert best_player(scored(0.50, 0.50, 0.50), SAMPLED, {1: 0, 2: 5}) == 2
+    assert best_player({1: scored(0.0, 0.5)[1]}, SAMPLED, {1: 0}) == 1
     nll = EvaluateConfig(best="gold_nll")
     assert best_player(scored(3.0, 2.0, 2.01, 2.2, name="gold_nll"), nll, {}) == 2
     # Players that were not evaluated do not count
@@ -467,9 +471,9 @@ def test_the_best_player_with_a_figure() -> None:
 def test_the_best_player_without_a_figure() -> None:
     nobody: dict[int, Any] = dict.fromkeys(range(4))
     assert best_player(nobody, EvaluateConfig(), {}) == 3
-    assert best_player(nobody, EvaluateConfig(), {3: True}) == 2
-    assert best_player(nobody, EvaluateConfig(), {0: False, 1: False, 2: True, 3: True}) == 1
-    assert best_player(nobody, EvaluateConfig(), dict.fromkeys(range(4), True)) == 0
+    assert best_player(nobody, EvaluateConfig(), {3: 7}) == 2
+    assert best_player(nobody, EvaluateConfig(), {0: None, 1: None, 2: 4, 3: 0}) == 1
+    assert best_player(nobody, EvaluateConfig(), dict.fromkeys(range(4), 0)) == 0
     # With a verifier but no held-out prompts as well
     assert best_player({0: {"n": 0}, 1: {"n": 0}}, SAMPLED, {}) == 1
     assert best_player(scored(0.9, 0.1), EvaluateConfig(best="last"), {}) == 1
@@ -486,11 +490,18 @@ def test_when_self_play_stops() -> None:
     # Within one standard error the later player wins, so it goes on
     assert stop_reason(scored(0.50, 0.60, 0.58), SAMPLED, {}, 1) is None
     assert stop_reason(scored(0.50, 0.60, 0.579), SAMPLED, {}, 1) == said.format("round")
+    # Rounds of which a guard left nothing are no better by any figure, though the later of equals wins
+    equal = scored(0.50, 0.50, 0.50)
+    assert (
+        stop_reason(equal, SAMPLED, {1: 0, 2: 0}, 2)
+        == "no player after 0 was better by sampled: the last 2 rounds did not help (controls.patience)"
+    )
+    assert stop_reason(equal, SAMPLED, {1: 0, 2: 1}, 2) is None
     # Without a figure only rounds that a guard ended count as no help
     nobody: dict[int, Any] = dict.fromkeys(range(3))
     assert stop_reason(nobody, EvaluateConfig(), {}, 1) is None
-    assert stop_reason(nobody, EvaluateConfig(), {1: True, 2: True}, 2) is not None
-    assert stop_reason(nobody, EvaluateConfig(), {1: True, 2: False}, 1) is None
+    assert stop_reason(nobody, EvaluateConfig(), {1: 0, 2: 9}, 2) is not None
+    assert stop_reason(nobody, EvaluateConfig(), {1: 0, 2: None}, 1) is None
 
 
 def scripted_accuracy(patch: pytest.MonkeyPatch, means: Mapping[int, float]) -> None:
@@ -538,6 +549,17 @@ def test_a_run_stops_after_rounds_that_did_not_help(
     after = records(tmp_path / "run")
     assert {folder: after[folder] for folder in before} == before
     assert RunView(tmp_path / "run").best == 5
+
+
+def test_a_rule_that_would_have_stopped_it_does_not_hold_a_run_that_went_on(
+    tiny_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Round 2 is done, and gave the best player: another patience, or another version's rule, comes too late for it."""
+    scripted_accuracy(monkeypatch, {0: 0.6, 1: 0.5, 2: 0.5, 3: 0.9, 4: 0.9})
+    tree = recipe(tmp_path / "run", tiny_model, tiny_data, rounds=[{"method": "spin", "repeat": 3}])
+    assert sorted(sparring.run(tree | {"controls": {"patience": None}}).players) == [0, 1, 2, 3]
+    assert RunView(tmp_path / "run").best == 3
+    assert sorted(sparring.run(tree, ["controls.patience=2", "rounds.0.repeat=4"]).players) == [0, 1, 2, 3, 4]
 
 
 # Roles ----------------------------------------------------------------------------------------------------------------

@@ -62,6 +62,11 @@ def test_flags() -> None:
     assert FLAGGED == 0.1
     fine = {"n": 20, "empty": 0.05, "repeated": 0.05, "trained": 0, "overlap": {"words": 13, "overlap": 0}}
     assert flags(fine) == flags({"n": 0}) == []
+    assert flags(fine | {"answers": 40, "unjudged": 3}) == flags(fine | {"answers": 0, "unjudged": None}) == []
+    assert flags(fine | {"unjudged": 40}) == []  # written by a version that did not count answers
+    assert flags(fine | {"answers": 40, "unjudged": 4}) == [
+        "4 of its 40 answers could not be judged: the verifier does not suit these data"
+    ]
     assert flags(fine | {"trained": 3, "trained_kept": True}) == ["3 items were kept, but their prompts are trained on"]
     bad = {"n": 20, "empty": 0.1, "repeated": 0.5, "trained": 3, "overlap": {"words": 13, "overlap": 2}}
     assert flags(bad) == [

@@ -606,7 +606,7 @@ def test_judges_of_a_file_are_told_apart_by_its_content_and_engines_by_their_kin
         file = tmp_path / folder / "judge.py"
         file.parent.mkdir()
         file.write_text("def right(example, answer):\n    return True\n")
-        names.append({"verifier": f"{file}:right", "best": "gold_nll"})
+        names.append({"verifier": f"{file}:right", "best": "greedy"})
     first, second = ({f"{key}.verifier": f"judge.py:right@{n}" for key in ("evaluate", "task")} for n in (1, 2))
     one = recorded(run, tmp_path / "one", first, names[0])
     moved, edited = recorded(run, tmp_path / "moved", first, names[1]), recorded(run, tmp_path / "v2", second, names[0])
@@ -616,6 +616,12 @@ def test_judges_of_a_file_are_told_apart_by_its_content_and_engines_by_their_kin
             versus_players(one, 2, edited, 2, task=task)
     same, other, _ = pairs(*compare([one, moved, edited]))
     assert (same.gain is not None, same.why, other.gain) == (True, "", None) and "otherwise" in other.why
+    by_nll = [
+        recorded(run, tmp_path / f"nll {i}", told, names[i] | {"best": "gold_nll"})
+        for i, told in enumerate((first, second))
+    ]
+    (same,) = pairs(*compare(by_nll))
+    assert same.gain is not None and same.gain.mean == 0.0  # which no verifier has a word in
     served = recorded(run, tmp_path / "served", first | {"evaluate.engine": "vllm"}, names[0])
     for task in (None, "sums", "win_rate"):
         with pytest.raises(InputError, match=r"other ways \(engine: hf and vllm\)"):

@@ -234,12 +234,17 @@ def test_summary_by_hand() -> None:
         "gold_cut": 1,
         "greedy": {"mean": 1.0, "se": None, "n": 1},
         "sampled": {"mean": 0.25, "se": 0.25, "n": 2},
+        "answers": 6,
         "unjudged": 1,
         "answer_tokens": 4.0,
         "truncated": 0.25,
         "empty": 0.25,
         "repeated": 0.25,
-        "flags": ["25 % of its answers are empty", "25 % of its answers repeat themselves"],
+        "flags": [
+            "25 % of its answers are empty",
+            "25 % of its answers repeat themselves",
+            "1 of its 6 answers could not be judged: the verifier does not suit these data",
+        ],
     }
     greedy_only = summarise(items[:4], prompts=3, gold_cut=1, verified=True)
     assert greedy_only["sampled"] is None

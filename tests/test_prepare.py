@@ -15,10 +15,11 @@ import torch
 import sparring
 from helpers import cli, recipe, write_jsonl, write_recipe
 from rundirs import records, refused
-from sparring import api
+from sparring import api, provenance, stages
 from sparring.controls import best_of
 from sparring.errors import InputError
 from sparring.plan import Stage, first_round
+from sparring.report import _machine
 from sparring.rundir import RunDir
 from sparring.rundir.store import read_json, write_json
 from sparring.rundir.view import RunView
@@ -186,12 +187,28 @@ def test_the_git_state_is_the_packages_own(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(subprocess, "run", run)
     monkeypatch.setattr(shutil, "which", lambda name: f"/opt/{name}")
-    assert api.environment()["git"] == "abc123-dirty"
-    assert seen[0]["cwd"] == Path(api.__file__).parent
+    assert provenance.environment()["git"] == "abc123-dirty"
+    assert seen[0]["cwd"] == Path(provenance.__file__).parent
     assert seen[0]["command"][0] == "/opt/git"
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    assert api.environment()["git"] is None
+    assert provenance.environment()["git"] is None
     assert len(seen) == 1
+
+
+def test_the_machine_is_told_by_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A report puts runs on different GPUs side by side."""
+    monkeypatch.setattr(provenance, "_GPUS", tmp_path / "gpus")
+    monkeypatch.setattr(provenance, "_CPUS", tmp_path / "cpuinfo")
+    found = provenance.environment()
+    assert (found["cpu"], found["gpus"]) == (None, None) and found["memory"].endswith(" GiB")
+    for n, name in enumerate(("NVIDIA H200", "NVIDIA H200", "NVIDIA L40S")):
+        (tmp_path / "gpus" / f"0000:{n}").mkdir(parents=True)
+        (tmp_path / "gpus" / f"0000:{n}" / "information").write_text(f"Model: \t\t {name}\nIRQ: 7\n")
+    (tmp_path / "cpuinfo").write_text("processor\t: 0\nmodel name\t: AMD EPYC\nmodel name\t: other\n")
+    found = provenance.environment()
+    assert (found["cpu"], found["gpus"]) == ("AMD EPYC", "2 × NVIDIA H200, 1 × NVIDIA L40S")
+    told = _machine(found)
+    assert "gpus 2 × NVIDIA H200, 1 × NVIDIA L40S" in told and "cpu AMD EPYC" in told
 
 
 # The best player ------------------------------------------------------------------------------------------------------
@@ -229,6 +246,29 @@ def test_best_may_be_a_model_of_the_hub(tmp_path: Path, finished_run: Path, monk
         RunDir(path).mark_best(RunView(path).players[1])
         assert str((run / "best").readlink()) == "round_000/player"
         assert RunView(run).best == 1
+
+
+def test_a_run_that_broke_off_has_a_best_player(
+    tmp_path: Path, tiny_recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its players are evaluated, so `export --player best` has one to take."""
+    whole = stages.MAKE["player"]
+
+    def fails(shop: Any, folder: Path, *, r: Any) -> Any:
+        if r.t == 1:
+            raise InputError("nothing to train on")
+        return whole(shop, folder, r=r)
+
+    monkeypatch.setitem(stages.MAKE, "player", fails)
+    tree = tiny_recipe | {
+        "rounds": [{"method": "spin", "repeat": 2}],
+        "evaluate": {"verifier": None, "best": "gold_nll", "limit": 4},
+    }
+    with pytest.raises(InputError, match="nothing to train on"):
+        sparring.run(tree, out=tmp_path / "run")
+    view = RunView(tmp_path / "run")
+    assert sorted(view.players) == [0, 1]
+    assert view.best is not None and view.best == view.best_player()
 
 
 # The command line -----------------------------------------------------------------------------------------------------

@@ -90,13 +90,13 @@ def evaluations(start: float | None, end: float | None, nll: float = 11.0) -> di
         (
             evaluations(None, None),
             1,
-            "No answer was checked, as there is no verifier; the held-out gold answers cost 11.00 nats each under player 1, "
+            "No answer was checked, as the verifier could judge none; the held-out gold answers cost 11.00 nats each under player 1, "
             "1.00 less than under player 0 (95 % interval −1.69 to −0.31; lower is better).",
         ),
         (
             evaluations(None, None, 12.1),
             1,
-            "No answer was checked, as there is no verifier; the held-out gold answers cost 12.10 nats each under player 1, "
+            "No answer was checked, as the verifier could judge none; the held-out gold answers cost 12.10 nats each under player 1, "
             "0.10 more than under player 0 (within noise, 95 % interval −0.59 to +0.79; lower is better).",
         ),
         ({0: summary(0.4, 0.5, 12.0)}, None, "Player 0 answers 40.0 % of held-out prompts right when sampling."),
@@ -107,6 +107,17 @@ def test_verdict_says_gain_noise_loss_and_what_is_missing(
     figures: dict[int, Any], best: int | None, sentence: str
 ) -> None:
     assert verdict(run_view(Path("."), evaluation=figures.get, best=best)).sentence == sentence
+
+
+def test_verdict_says_why_no_answer_was_checked() -> None:
+    config = Config(evaluate=EvaluateConfig())
+    told = verdict(run_view(Path("."), evaluation=evaluations(None, None).get, best=1, config=config))
+    assert told.sentence.startswith(
+        "No answer was checked, as there is no verifier; the held-out gold answers cost 11.00"
+    )
+    config = Config(evaluate=EvaluateConfig(verifier="gsm8k", best="sampled"))
+    told = verdict(run_view(Path("."), evaluation=evaluations(None, None).get, best=1, config=config))
+    assert told.detail.startswith("The last player that no guard stopped counts as the best.")
 
 
 ANSWERS = "40.0 % of held-out prompts right when sampling."
@@ -519,6 +530,24 @@ def test_gold_answers_are_coloured_from_stored_figures_and_the_others_once_score
     shifts = [p.shifts[0] for p in next(a for a in shown.answers if a.who == "player 0").text.pieces]
     assert shifts == pytest.approx([b - a for a, b in zip(*lines, strict=True)], abs=1e-4)
     assert rescore(scored_run) == 0
+
+
+def test_answers_that_came_without_log_probs_are_scored_by_all(
+    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that gives text gives none."""
+    shutil.copytree(finished_run, tmp_path / "run", symlinks=True)
+    stored = RunView.items
+    monkeypatch.setattr(
+        RunView,
+        "items",
+        lambda run, n, task=None: (i if i.kind == "gold" else replace(i, logps=()) for i in stored(run, n, task)),
+    )
+    run = RunView(tmp_path / "run")
+    answers = [i for n in (0, 1, 2) for i in run.items(n) if i.kind != "gold" and i.index == 0]
+    assert rescore(run) == 3 * len(answers) and rescore(run) == 0
+    coloured = gather(run)
+    assert coloured.whole and all(len(answer.text.moved) == 3 for s in coloured.shown for answer in s.answers)
 
 
 def test_tokens_in_the_cost_table_are_those_of_the_rows(finished_run: Path) -> None:

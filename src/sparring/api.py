@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +20,7 @@ from sparring.judge.verify import load_verifier
 from sparring.plan import NAMED, Plan, RoundPlan, make_plan, outside_paths, task_stage
 from sparring.play import engines
 from sparring.plugins import is_file_reference
+from sparring.provenance import environment
 from sparring.rundir import RunDir, Touched
 from sparring.rundir.view import RunView, check_format, read_run_recipe
 from sparring.types import Player
@@ -428,36 +424,6 @@ def _reference(value: str) -> str:
     prefix = "verifier:" if value.startswith("verifier:") else ""
     file, _, name = value.removeprefix(prefix).rpartition(":")
     return f"{prefix}{_path(file)}:{name}" if is_file_reference(value) else value
-
-
-def environment() -> dict[str, Any]:
-    """Versions, hardware and git state, for provenance."""
-    names = ("sparring", "torch", "transformers", "peft", "tokenizers", "datasets", "numpy", "safetensors", "pyarrow")
-    return {
-        "versions": {name: _version(name) for name in names},
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cores": os.cpu_count(),
-        "git": _git_state(),
-        "command": " ".join(sys.argv),
-    }
-
-
-def _git_state() -> str | None:
-    """The commit of this package's own checkout; None without one, or without git."""
-    git = shutil.which("git")
-    if git is None:
-        return None
-    command = [git, "describe", "--always", "--dirty"]
-    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or None
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 __all__ = ["Prepared", "evaluate_tasks", "fork", "mark_best", "prepare", "run", "run_stage"]

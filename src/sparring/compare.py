@@ -16,6 +16,9 @@ from sparring.formatting import NONE
 from sparring.report.verdict import by_example
 from sparring.rundir.view import RunView
 
+_IDLE = {"gold_nll": ("verifier", "engine", "temperature"), "greedy": ("temperature",)}
+"""What a figure does not depend on of how players are asked; that the prompts are the same shows where they are paired."""
+
 
 @dataclass(frozen=True)
 class Compared:
@@ -64,8 +67,8 @@ def _measured(run: RunView, key: str) -> tuple[Any, ...] | None:
     if best is None or run.evaluation(best) is None:
         return None
     if not key.startswith("task:"):
-        # The verifier by its content alone, which `asked` tells
-        return run.config.evaluate.model_copy(update={"verifier": None}).identity(), asked(run, best, None)
+        how = asked(run, best, None)
+        return tuple(how[name] for name in how if name not in _IDLE.get(key, ()))
     _, name, *named = key.split(":")
     summary = run.tasks(best).get(name)
     return None if summary is None else (summary["kind"], named or headline(summary), asked(run, best, name))
@@ -118,7 +121,7 @@ def pairs(key: str, rows: Sequence[Compared]) -> list[Pair]:
         gain, why = None, "they were evaluated otherwise, so the difference says nothing"
         if _alike(rows[i].run, rows[j].run, key):
             gain = paired(values[i], values[j], shares=is_share(key))
-            others = "they were evaluated on other prompts, so the difference says nothing"
+            others = "they were evaluated on other prompts, or some answers could not be judged, so the difference says nothing"
             none = "this figure has no values by prompt that could be paired"
             why = "" if gain else others if values[i] and values[j] else none
         found.append(Pair(i, j, gain, why))

@@ -109,19 +109,21 @@ def figure(settings: EvaluateConfig) -> str:
 
 
 def best_player(
-    evaluations: Mapping[int, Mapping[str, Any] | None], settings: EvaluateConfig, ended: Mapping[int, bool]
+    evaluations: Mapping[int, Mapping[str, Any] | None], settings: EvaluateConfig, ended: Mapping[int, int | None]
 ) -> int:
-    """The number of the best player. `ended` says of which players a guard ended the training early.
+    """The number of the best player. `ended`: the steps that were kept of each whose training a guard ended early, else None.
 
-    Within one standard error the later player wins. Without a figure it is the last player that no guard stopped.
+    Within one standard error the later player wins, unless no step of its round was kept: then it is its start, and none of its own. Without
+    a figure it is the last player that no guard stopped.
     """
     name = figure(settings)
     if name != "last":
         scored = {n: (e or {}).get(name) for n, e in evaluations.items()}
         known = {n: (v["mean"], v["se"]) for n, v in scored.items() if v and v.get("mean") is not None}
-        if known:
-            return best_of(known, lower_wins=not is_share(name))
-    free = [n for n in evaluations if not ended.get(n)]
+        own = {n: score for n, score in known.items() if ended.get(n) != 0}
+        if own or known:
+            return best_of(own or known, lower_wins=not is_share(name))
+    free = [n for n in evaluations if ended.get(n) is None]
     return max(free) if free else min(evaluations)
 
 
@@ -135,7 +137,7 @@ def best_of(scores: Mapping[int, tuple[float, float | None]], *, lower_wins: boo
 def stop_reason(
     evaluations: Mapping[int, Mapping[str, Any] | None],
     evaluate: EvaluateConfig,
-    ended: Mapping[int, bool],
+    ended: Mapping[int, int | None],
     patience: int | None,
 ) -> str | None:
     """Why self-play should not go on after the last of these players; None where it should."""

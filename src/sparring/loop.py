@@ -52,7 +52,8 @@ def _advance(shop: Workshop, only: Collection[str] | None) -> None:
     for stage in (shop.plan.start_eval, *shop.plan.start_tasks):
         once(shop, wanted, stage, measure(shop, stage, shop.plan.first))
     for r in shop.plan.rounds:
-        if only is None and (reason := RunView(shop.run.path).stop_reason(r.t)):
+        begun = only is not None or shop.run.done(r.stage("player"))
+        if not begun and (reason := RunView(shop.run.path).stop_reason(r.t)):
             log.info("%s: not begun: %s", r.folder, reason)
             break
         recorded = (shop.run.path / r.folder / "roles.json").exists()
@@ -81,7 +82,10 @@ def once(
             folder = shop.run.once(stage, partial(made, shop, stage, make))
         if stage.name in MEASURES:
             shop.metrics.sync()
-            write_cards(RunView(shop.run.path))
+            view = RunView(shop.run.path)
+            if (best := view.best_player()) is not None:
+                shop.run.mark_best(view.players[best])
+            write_cards(view)
         record = read_json(folder / "stage.json")
         counts = ", ".join(f"{name} {_short(value)}" for name, value in record["counts"].items() if value)
         log.info("%s: %s (%.1f s)", stage.folder, counts or "nothing to do", record["seconds"])

@@ -145,7 +145,7 @@ def summarise(
 
     `gold_nll` is −log p(gold | prompt) in nats per answer, end token counted, and `gold_nll_token` the same per token
     over all of them; `gold_cut` counts the prompts left out of both because their gold answer was cut. `greedy` and
-    `sampled` are verified accuracies, None without a verifier; `unjudged` counts the answers it could
+    `sampled` are verified accuracies, None without a verifier; `unjudged` counts those of the `answers` that it could
     not judge. `pass@K` and `maj@K` are there where several answers were sampled and verified.
     `answer_tokens` (mean length), `truncated`, `empty` and `repeated` (shares) describe the sampled answers, or the
     greedy ones where none was sampled; `flags` says what is wrong with them, in words.
@@ -161,6 +161,7 @@ def summarise(
         "gold_cut": gold_cut,
         "greedy": accuracy(kinds["greedy"]),
         "sampled": accuracy(kinds["sampled"]),
+        "answers": len(kinds["greedy"]) + len(kinds["sampled"]),
         "unjudged": sum(i.right is None for i in items if i.kind != "gold") if verified else None,
         "answer_tokens": sum(len(i.tokens) for i in played) / count,
         "truncated": sum(i.finish == "length" for i in played) / count,

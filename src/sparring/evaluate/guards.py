@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -19,7 +20,7 @@ GRAM = 4
 DISTINCT = 0.2
 """An answer repeats itself where a smaller share of its n-grams is distinct."""
 FLAGGED = 0.1
-"""A player is flagged where so large a share of its answers is empty or repeats itself."""
+"""A player is flagged where so large a share of its answers is empty, repeats itself or cannot be judged."""
 NAMED = 20
 """Ids that are listed; all are counted."""
 _FITTING = {
@@ -91,6 +92,10 @@ def flags(summary: dict[str, Any]) -> list[str]:
     for key, what in (("empty", "are empty"), ("repeated", "repeat themselves")):
         if summary.get(key, 0.0) >= FLAGGED:
             told.append(f"{100 * summary[key]:.0f} % of its answers {what}")
+    if (unjudged := summary.get("unjudged") or 0) and unjudged >= FLAGGED * summary.get("answers", math.inf):
+        told.append(
+            f"{unjudged} of its {summary['answers']} answers could not be judged: the verifier does not suit these data"
+        )
     if summary.get("trained"):
         kept = summary.get("trained_kept")
         told.append(

@@ -47,7 +47,7 @@ def verdict(run: RunView, figures: Mapping[int, Mapping[str, Any]] | None = None
     gain = _gain(None if figures else run, known, best, key)
     detail = " ".join([_chosen(run, known[best]), f"The 95 % interval is {gain.how}." if gain else ""]).strip()
     if key == "gold_nll":
-        return Verdict(_gold_sentence(best, known, key, gain), detail)
+        return Verdict(_gold_sentence(best, known, key, gain, bool(run.config.evaluate.verifier)), detail)
     chose = not figures and controls.figure(run.config.evaluate) == key
     return Verdict(_accuracy_sentence(best, known, key, gain, chose), detail)
 
@@ -127,9 +127,12 @@ def _accuracy_sentence(
     )
 
 
-def _gold_sentence(best: int, known: Mapping[int, Mapping[str, Any]], key: str, gain: Gain | None) -> str:
+def _gold_sentence(
+    best: int, known: Mapping[int, Mapping[str, Any]], key: str, gain: Gain | None, verified: bool
+) -> str:
     cost = f"{known[best][key]['mean']:.2f} nats each under player {best}"
-    start = f"No answer was checked, as there is no verifier; the held-out gold answers cost {cost}"
+    why = "the verifier could judge none" if verified else "there is no verifier"
+    start = f"No answer was checked, as {why}; the held-out gold answers cost {cost}"
     if gain is None:
         return f"{start}."
     side = "less" if gain.mean <= 0 else "more"
@@ -142,12 +145,12 @@ def _gold_sentence(best: int, known: Mapping[int, Mapping[str, Any]], key: str, 
 def _chosen(run: RunView, summary: Mapping[str, Any]) -> str:
     if run.best is None:
         return "No best player has been chosen yet; this is the last one evaluated."
-    rule = run.config.evaluate.best
-    if rule == "auto":
-        rule = "sampled" if summary.get("sampled") else "last"
+    rule = controls.figure(run.config.evaluate)
+    if not summary.get(rule):
+        rule = "last"
     if rule.startswith("task:"):
         return f"The best player was chosen by its figure on {rule}."
-    named = {"sampled": "sampled accuracy", "greedy": "greedy accuracy", "gold_nll": "gold_nll", "last": ""}[rule]
+    named = {"sampled": "sampled accuracy", "greedy": "greedy accuracy"}.get(rule, rule if rule != "last" else "")
     return (
         f"The best player was chosen by held-out {named}."
         if named

@@ -132,10 +132,10 @@ class RunView:
         return {n: self.evaluation(n) for n in candidates(self.players) if upto is None or n <= upto}
 
     @property
-    def ended(self) -> dict[int, bool]:
-        """Whether a guard ended the training of a player early."""
+    def ended(self) -> dict[int, int | None]:
+        """Player to the steps that were kept of its training, where a guard ended that early, else None."""
         records = {r.t + 1: r.counts.get("player", {}) for r in self.rounds}
-        return {n: bool(counts.get("ended_early")) for n, counts in records.items()}
+        return {n: counts["steps"] if counts.get("ended_early") else None for n, counts in records.items()}
 
     def stop_reason(self, t: int) -> str | None:
         """Why self-play does not go on with round t; None where it does, or where not all players are measured."""
