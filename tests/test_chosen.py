@@ -147,7 +147,7 @@ def test_second_derivatives_are_an_error_instead_of_wrong(in_c: bool, monkeypatc
 @pytest.mark.parametrize("token", [-1, 7])
 def test_a_token_beyond_the_vocabulary_is_an_error(token: int) -> None:
     with pytest.raises(IndexError, match=f"a token is beyond the 7 of the vocabulary: {token}"):
-        chosen(torch.zeros(1, 7), torch.tensor([token]))
+        chosen(torch.zeros(2, 7), torch.tensor([token, 5]))
     assert chosen(torch.zeros(0, 7), torch.tensor([], dtype=torch.long)).shape == (0,)
 
 

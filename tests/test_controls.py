@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import shutil
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 import sparring
-from helpers import cli, recipe, tree_hash, write_recipe
+from helpers import cli, recipe, tree_hash, write_jsonl, write_recipe
 from rundirs import records
 from sparring import methods, players, preview, stages
 from sparring.config import ControlsConfig, EvaluateConfig, ModelConfig, PlayConfig, TrainConfig
@@ -427,7 +428,7 @@ def test_a_run_says_what_its_guard_did(tiny_model: Path, tiny_data: Path, tmp_pa
     assert (counts["steps"], counts["backoffs"], counts["ended_early"]) == (0, 2, "0 of 3 steps")
     same = [players.load_model(view.players[n].path, ModelConfig(device="cpu")) for n in (0, 1)]
     assert torch.equal(flat(same[0]), flat(same[1]))
-    assert view.ended == {1: 0}
+    assert (view.ended, view.unmoved) == ({1: True}, {1})
     assert view.best == 0  # no verifier says which player is better, and player 1 is none of its own
     lines = view.control_lines()
     assert len(lines) == 3 and lines[-1] == "round 0: ended early, after 0 of 3 steps"
@@ -435,6 +436,19 @@ def test_a_run_says_what_its_guard_did(tiny_model: Path, tiny_data: Path, tmp_pa
     code, out, err = cli("status", tmp_path / "run")
     assert (code, err) == (0, "")
     assert lines[-1] in out
+
+
+def test_a_player_that_no_candidate_was_before_it_counts(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    """A guarded round of preparation that kept no step makes player 0, and what it is again is no candidate."""
+    rounds: list[Any] = [{"method": "dpo", "train": {"lr": 1e-2, "warmup": 0.0}}, {"method": "spin"}]
+    controls = {"trust_region": 1e-9, "backoffs": 0}
+    rows = [json.loads(line) | {"generated": "no idea at all"} for line in tiny_data.read_text().splitlines()]
+    data = write_jsonl(tmp_path / "data.jsonl", rows)
+    evaluate = {"verifier": None, "best": "gold_nll"}
+    view = sparring.run(recipe(tmp_path / "run", tiny_model, data, rounds=rounds, controls=controls, evaluate=evaluate))
+    # The rate begins at 0, so that the one step which round 0 keeps moves nothing
+    assert [r.counts["player"]["steps"] for r in view.rounds] == [0, 1]
+    assert (view.ended, view.unmoved, view.best) == ({0: True, 1: True}, {1}, 0)
 
 
 # The best player and stopping -----------------------------------------------------------------------------------------
@@ -457,11 +471,10 @@ def test_the_best_player_with_a_figure() -> None:
     assert best_player(scored(0.50, 0.60, 0.585, 0.57), SAMPLED, {}) == 2
     assert best_player(scored(0.50, 0.60, 0.50, se=None), SAMPLED, {}) == 1
     # A player that a guard ended is judged by its figure like any other
-    assert best_player(scored(0.50, 0.60, 0.50), SAMPLED, {1: 3}) == 1
+    assert best_player(scored(0.50, 0.60, 0.50), SAMPLED, {1: True}) == 1
     # But for one of whose round no step was kept, which is an earlier one
-    assert best_player(scored(0.50, 0.50, 0.50), SAMPLED, {1: 0, 2: 0}) == 0
-    assert best_player(scored(0.50, 0.50, 0.50), SAMPLED, {1: 0, 2: 5}) == 2
-    assert best_player({1: scored(0.0, 0.5)[1]}, SAMPLED, {1: 0}) == 1
+    assert best_player(scored(0.50, 0.50, 0.50), SAMPLED, {1: True, 2: True}, {1, 2}) == 0
+    assert best_player(scored(0.50, 0.50, 0.50), SAMPLED, {1: True, 2: True}, {1}) == 2
     nll = EvaluateConfig(best="gold_nll")
     assert best_player(scored(3.0, 2.0, 2.01, 2.2, name="gold_nll"), nll, {}) == 2
     # Players that were not evaluated do not count
@@ -471,9 +484,9 @@ def test_the_best_player_with_a_figure() -> None:
 def test_the_best_player_without_a_figure() -> None:
     nobody: dict[int, Any] = dict.fromkeys(range(4))
     assert best_player(nobody, EvaluateConfig(), {}) == 3
-    assert best_player(nobody, EvaluateConfig(), {3: 7}) == 2
-    assert best_player(nobody, EvaluateConfig(), {0: None, 1: None, 2: 4, 3: 0}) == 1
-    assert best_player(nobody, EvaluateConfig(), dict.fromkeys(range(4), 0)) == 0
+    assert best_player(nobody, EvaluateConfig(), {3: True}) == 2
+    assert best_player(nobody, EvaluateConfig(), {0: False, 1: False, 2: True, 3: True}) == 1
+    assert best_player(nobody, EvaluateConfig(), dict.fromkeys(range(4), True)) == 0
     # With a verifier but no held-out prompts as well
     assert best_player({0: {"n": 0}, 1: {"n": 0}}, SAMPLED, {}) == 1
     assert best_player(scored(0.9, 0.1), EvaluateConfig(best="last"), {}) == 1
@@ -491,17 +504,15 @@ def test_when_self_play_stops() -> None:
     assert stop_reason(scored(0.50, 0.60, 0.58), SAMPLED, {}, 1) is None
     assert stop_reason(scored(0.50, 0.60, 0.579), SAMPLED, {}, 1) == said.format("round")
     # Rounds of which a guard left nothing are no better by any figure, though the later of equals wins
-    equal = scored(0.50, 0.50, 0.50)
-    assert (
-        stop_reason(equal, SAMPLED, {1: 0, 2: 0}, 2)
-        == "no player after 0 was better by sampled: the last 2 rounds did not help (controls.patience)"
-    )
-    assert stop_reason(equal, SAMPLED, {1: 0, 2: 1}, 2) is None
+    equal, both = scored(0.50, 0.50, 0.50), {1: True, 2: True}
+    said = "no player after 0 was better by sampled: the last 2 rounds did not help (controls.patience)"
+    assert stop_reason(equal, SAMPLED, both, 2, {1, 2}) == said
+    assert stop_reason(equal, SAMPLED, both, 2, {1}) is None
     # Without a figure only rounds that a guard ended count as no help
     nobody: dict[int, Any] = dict.fromkeys(range(3))
     assert stop_reason(nobody, EvaluateConfig(), {}, 1) is None
-    assert stop_reason(nobody, EvaluateConfig(), {1: 0, 2: 9}, 2) is not None
-    assert stop_reason(nobody, EvaluateConfig(), {1: 0, 2: None}, 1) is None
+    assert stop_reason(nobody, EvaluateConfig(), {1: True, 2: True}, 2) is not None
+    assert stop_reason(nobody, EvaluateConfig(), {1: True, 2: False}, 1) is None
 
 
 def scripted_accuracy(patch: pytest.MonkeyPatch, means: Mapping[int, float]) -> None:

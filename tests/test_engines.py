@@ -15,6 +15,7 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -700,15 +701,20 @@ def test_vllm_is_told_nothing_of_our_launcher_and_no_key(monkeypatch: pytest.Mon
 def test_new_adapters_on_an_adapter_are_not_for_vllm(tree: dict[str, Any], tmp_path: Path, folder: Path) -> None:
     """The base is merged in memory then, and vllm reads folders: it would die in the second round."""
     adapter = write_adapter(tmp_path / "adapter", folder)
-    lora = ["play.engine=vllm", f"engine.python={program(tmp_path / 'python', SERVE, python='', server='', source='')}"]
-    planned = api.prepare(tree, [*lora, f"model.path={adapter}", "model.lora_rank=2"])
-    with pytest.raises(
-        InputError, match=r"^play.engine: vllm serves an adapter on a whole model, and the base here is an "
+    vllms = [f"engine.python={program(tmp_path / 'python', SERVE, python='', server='', source='')}"]
+    both = [f"model.path={adapter}", "model.lora_rank=2"]
+    alone = "rounds=[{method: spin}]"  # in which the start itself plays
+    for given, key in (
+        (["play.engine=vllm", *both], "play.engine"),
+        (["play.engine=vllm", *both, alone, "evaluate.engine=vllm"], "evaluate.engine"),
+        (["play.engine=vllm", *both, alone], None),
+        (["play.engine=vllm", "model.lora_rank=2"], None),
+        (["play.engine=vllm", f"model.path={adapter}"], None),
     ):
-        engines.check(planned.config, planned.plan, lambda stage: False)
-    for given in (["model.lora_rank=2"], [f"model.path={adapter}"]):
-        planned = api.prepare(tree, [*lora, *given])
-        engines.check(planned.config, planned.plan, lambda stage: False)
+        planned = api.prepare(tree, [*vllms, *given])
+        told = rf"^{key}: vllm serves an adapter on a whole model, and the base here is an adapter itself"
+        with pytest.raises(InputError, match=told) if key else nullcontext():
+            engines.check(planned.config, planned.plan, lambda stage: False)
 
 
 def test_gpus_are_counted_where_vllm_will_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -232,3 +232,11 @@ def test_lengths_are_those_of_the_prompts_own_answers() -> None:
         lengths = _Lengths()
         lengths.add(made)
         assert (lengths.groups, lengths.gap) == (4, 2.0), made
+
+
+def test_lengths_of_single_answers_with_win_rates_are_told_at_the_ends_alone() -> None:
+    """Nash-MD's groups: an answer and its rate; the ones between are neither preferred nor not."""
+    rates, sizes = (1.0, 0.75, 0.5, 0.0), (9, 5, 5, 4)
+    lengths = _Lengths()
+    lengths.add([Group("a", (1,), ((3,) * n,), (rate,), 1.0, ("s",), 0) for rate, n in zip(rates, sizes, strict=True)])
+    assert (lengths.groups, lengths.gap) == (4, 5.0)

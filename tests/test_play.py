@@ -288,6 +288,21 @@ def test_pad_and_stop_ids_inside_a_prompt_are_ordinary_tokens(llama: Any) -> Non
     assert got.logps == pytest.approx(teacher_forced(llama, prompt, got.tokens).tolist(), abs=1e-5)
 
 
+def test_layers_that_share_a_number_are_not_decoded_in_slots(caplog: pytest.LogCaptureFixture) -> None:
+    """Each would take the other's keys; fresh weights hardly mix tokens, so that log-probs do not tell."""
+    caplog.set_level("INFO", "sparring")
+    model = tiny("llama")
+    for layer in model.model.layers:
+        layer.self_attn.layer_idx = 0
+    assert not slots.decodes(model)
+    assert "its layer 0 attends more than once in a pass" in caplog.text
+
+
+def test_a_trial_is_in_full_precision_whatever_the_caller_computes_in() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        assert slots.decodes(tiny("llama"))
+
+
 def test_finished_rows_leave_a_padded_batch() -> None:
     model = tiny("mamba")
     assert not slots.decodes(model)

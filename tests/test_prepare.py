@@ -201,6 +201,9 @@ def test_the_machine_is_told_by_its_files(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(provenance, "_CPUS", tmp_path / "cpuinfo")
     found = provenance.environment()
     assert (found["cpu"], found["gpus"]) == (None, None) and found["memory"].endswith(" GiB")
+    (tmp_path / "cpuinfo").mkdir()  # a file that cannot be read
+    assert provenance.environment()["cpu"] is None
+    (tmp_path / "cpuinfo").rmdir()
     for n, name in enumerate(("NVIDIA H200", "NVIDIA H200", "NVIDIA L40S")):
         (tmp_path / "gpus" / f"0000:{n}").mkdir(parents=True)
         (tmp_path / "gpus" / f"0000:{n}" / "information").write_text(f"Model: \t\t {name}\nIRQ: 7\n")

@@ -316,6 +316,9 @@ def test_tags_that_are_tokens_of_ordinary_text_are_taken_as_they_are() -> None:
     renderer, text = Renderer(tokenizer), "<h1>a</h1> <b>x</b> <|im_end|></s><bx>"
     tags = tokenizer.convert_tokens_to_ids(["<h1>", "<b>", "</b>"])
     assert control_ids(tokenizer, renderer.completion(user("q"), text)) == tags
+    tokenizer.chat_template = f"{tokenizer.chat_template}{{# ends with </b> #}}"
+    assert control_ids(tokenizer, Renderer(tokenizer).completion(user("q"), text)) == tags[:2]  # the template's own now
+    tokenizer.chat_template = toys.chatml().chat_template
     plain = "a <b>x</b> <h1>"
     assert (
         renderer.prompt(user(plain))

@@ -160,6 +160,14 @@ def test_figures_from_elsewhere_are_not_paired_by_the_run_s_items() -> None:
     assert others == "▲\u00a0+20.0 [+10.4,\u00a0+29.6]" != own
 
 
+def test_figures_from_elsewhere_do_not_say_how_the_best_was_chosen() -> None:
+    own = {n: summary(0.4, 0.4, 12.0) | {"task:sums": {"mean": 0.5}} for n in (0, 1)}
+    config = Config(evaluate=EvaluateConfig(verifier="gsm8k", tasks=("sums.jsonl",), best="task:sums"))
+    run = run_view(Path("."), evaluation=own.get, best=1, config=config)
+    for figures in (None, evaluations(0.4, 0.6)):
+        assert verdict(run, figures).detail.startswith("The best player was chosen by its figure on task:sums.")
+
+
 def test_verdict_pairs_by_prompt_when_every_item_is_kept() -> None:
     def items(player: int) -> Any:
         rights = [False, True, False, False] if player == 0 else [True, True, True, False]

@@ -97,12 +97,14 @@ def test_execution_settings_and_more_rounds_touch_nothing(copied: Path) -> None:
 
 def test_redo_keeps_the_old_stages(copied: Path, tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
     before, files = records(copied), tree_hash(copied)
+    (copied / "colours").mkdir()  # log-probs of answers that will be others
     sparring.run(copied, ["spin.beta=[0.1, 0.5]"], redo=True)
+    assert (copied / "superseded" / "1" / "colours").exists() and not (copied / "colours").exists()
     after = records(copied)
     assert {f for f in before if after[f] != before[f]} == {"round_001/player", "round_001/eval"}
     kept = tree_hash(copied / "superseded" / "1")
     moved = {n: h for n, h in files.items() if re.match(r"round_001/(player|eval|train)(/|$)", n)}
-    assert {n: h for n, h in kept.items() if n != "round_001"} == moved
+    assert {n: h for n, h in kept.items() if n not in ("round_001", "colours")} == moved
     assert sparring.run(copied).best == 2
     scratch = recipe(
         tmp_path / "scratch",

@@ -102,8 +102,11 @@ class _InC(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, kernel: Kernel, logits: Tensor, tokens: Tensor) -> Tensor:
         logits, tokens = logits.contiguous(), tokens.contiguous()
-        if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < logits.shape[1]:
-            raise IndexError(f"a token is beyond the {logits.shape[1]} of the vocabulary: {int(tokens.max())}")
+        least, most = (int(tokens.min()), int(tokens.max())) if len(tokens) else (0, 0)
+        if len(tokens) and not 0 <= least <= most < logits.shape[1]:
+            raise IndexError(
+                f"a token is beyond the {logits.shape[1]} of the vocabulary: {least if least < 0 else most}"
+            )
         out: Tensor
         out, tops, sums = torch.empty(3, len(logits), dtype=torch.float32)
         kernel.forward(*(x.data_ptr() for x in (logits, tokens, out, tops, sums)), *logits.shape)

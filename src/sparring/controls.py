@@ -7,7 +7,7 @@ replications see later rounds make the model worse. The evidence for each contro
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -109,21 +109,23 @@ def figure(settings: EvaluateConfig) -> str:
 
 
 def best_player(
-    evaluations: Mapping[int, Mapping[str, Any] | None], settings: EvaluateConfig, ended: Mapping[int, int | None]
+    evaluations: Mapping[int, Mapping[str, Any] | None],
+    settings: EvaluateConfig,
+    ended: Mapping[int, bool],
+    unmoved: Collection[int] = (),
 ) -> int:
-    """The number of the best player. `ended`: the steps that were kept of each whose training a guard ended early, else None.
+    """The number of the best player. `ended` says of which players a guard ended the training early.
 
-    Within one standard error the later player wins, unless no step of its round was kept: then it is its start, and none of its own. Without
-    a figure it is the last player that no guard stopped.
+    Within one standard error the later player wins, but for one of those `unmoved`, which are an earlier one of them again.
+    Without a figure it is the last player that no guard stopped.
     """
     name = figure(settings)
     if name != "last":
-        scored = {n: (e or {}).get(name) for n, e in evaluations.items()}
+        scored = {n: (e or {}).get(name) for n, e in evaluations.items() if n not in unmoved}
         known = {n: (v["mean"], v["se"]) for n, v in scored.items() if v and v.get("mean") is not None}
-        own = {n: score for n, score in known.items() if ended.get(n) != 0}
-        if own or known:
-            return best_of(own or known, lower_wins=not is_share(name))
-    free = [n for n in evaluations if ended.get(n) is None]
+        if known:
+            return best_of(known, lower_wins=not is_share(name))
+    free = [n for n in evaluations if not ended.get(n)]
     return max(free) if free else min(evaluations)
 
 
@@ -137,13 +139,14 @@ def best_of(scores: Mapping[int, tuple[float, float | None]], *, lower_wins: boo
 def stop_reason(
     evaluations: Mapping[int, Mapping[str, Any] | None],
     evaluate: EvaluateConfig,
-    ended: Mapping[int, int | None],
+    ended: Mapping[int, bool],
     patience: int | None,
+    unmoved: Collection[int] = (),
 ) -> str | None:
     """Why self-play should not go on after the last of these players; None where it should."""
     if patience is None or not evaluations:
         return None
-    last, best = max(evaluations), best_player(evaluations, evaluate, ended)
+    last, best = max(evaluations), best_player(evaluations, evaluate, ended, unmoved)
     rounds = "round" if patience == 1 else f"{patience} rounds"
     if last - best >= patience and figure(evaluate) == "last":
         return f"a guard ended each of the last {rounds} early (controls.patience)"

@@ -168,8 +168,9 @@ def _problem(model: nn.Module) -> str | None:
     training = model.training
     model.eval()
     try:
-        fast = packed_token_logps(model, prompts, completions)
-        plain = plain_token_logps(model, prompts, completions)
+        with torch.autocast(next(model.parameters()).device.type, enabled=False):  # whatever the caller computes in
+            fast = packed_token_logps(model, prompts, completions)
+            plain = plain_token_logps(model, prompts, completions)
     except Exception as error:  # models fail in as many ways as there are models
         return str(error).strip().split("\n")[0] or type(error).__name__
     finally:

@@ -91,9 +91,11 @@ def library(name: str, sizes: Mapping[str, int]) -> ctypes.CDLL:
     # No home, one that cannot be written to or is full, or a file that was cut off
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         file = _cache() / made
-        if not file.exists():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            _compile(command, source, file)
+        if file.exists():
+            with contextlib.suppress(OSError):
+                return ctypes.CDLL(str(file))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        _compile(command, source, file)
         return ctypes.CDLL(str(file))
     with tempfile.TemporaryDirectory(prefix="sparring_") as folder:  # what is loaded outlives its file
         _compile(command, source, Path(folder) / made)

@@ -39,8 +39,11 @@ def _gpus() -> str | None:
 
 
 def _line(name: str, file: Path) -> str | None:
-    """What the first line `name: …` of a file says; None without one, or without the file."""
-    text = file.read_text(encoding="utf-8") if file.exists() else ""
+    """What the first line `name: …` of a file says; None without one, or where the file cannot be read."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except OSError:
+        return None
     return next((line.partition(":")[2].strip() for line in text.splitlines() if line.startswith(name)), None)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
+from itertools import product
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -137,11 +138,14 @@ def check(config: Config, plan: Plan, done: Callable[[Stage], bool]) -> None:
     addresses = [r.settings.play.engine for r in waiting] + [config.evaluate.engine] * bool(measured)
     if "vllm" in addresses:
         played = any(r.settings.play.engine_kind == "vllm" for r in waiting)
-        key = "play.engine" if played else "evaluate.engine"
-        vllm.check(config.model, config.engine, key, here=config.cluster.launcher is None)
+        vllm.check(
+            config.model,
+            config.engine,
+            "play.engine" if played else "evaluate.engine",
+            here=config.cluster.launcher is None,
+        )
         if config.model.lora_rank:
-            by_vllm = [r for r in waiting if r.settings.play.engine_kind == "vllm"]
-            _check_bases(config, plan, by_vllm, measured if config.evaluate.engine_kind == "vllm" else [], key)
+            _check_bases(config, plan, waiting, measured)
     for address in dict.fromkeys(address for address in addresses if address != "vllm"):
         first = next((r for r in waiting if r.settings.play.engine == address), None)
         hasty = config.engine.model_copy(update={"retries": min(1, config.engine.retries)})
@@ -160,13 +164,22 @@ def _check_named(config: Config, who: str) -> None:
         )
 
 
-def _check_bases(config: Config, plan: Plan, waiting: Sequence[RoundPlan], measured: Sequence[Stage], key: str) -> None:
+def _check_bases(config: Config, plan: Plan, waiting: Sequence[RoundPlan], measured: Sequence[Stage]) -> None:
     """Raises InputError where vllm is to serve an adapter on an adapter, which is merged in memory: it reads folders."""
-    made = any(r.roles[turn.role] in ("best", *range(plan.first + 1, r.t + 1)) for r in waiting for turn in r.turns)
-    if not made and all(stage.folder.startswith("start/") for stage in measured):
-        return
+
+    def made(who: int | str, t: int) -> bool:
+        return who in ("best", *range(plan.first + 1, t + 1))
+
+    held = {r.stage("held").folder: made(r.roles["start"], r.t) for r in plan.rounds if r.has("held")}
+    keys = {
+        "play.engine": any(
+            made(r.roles[turn.role], r.t) for r in waiting if r.settings.play.engine_kind == "vllm" for turn in r.turns
+        ),
+        "evaluate.engine": config.evaluate.engine_kind == "vllm"
+        and any(held.get(stage.folder, not stage.folder.startswith("start/")) for stage in measured),
+    }
     starts = [config.model.path, *(str(r.roles["start"]) for r in plan.rounds if r.roles["start"] != "best")]
-    for path in starts:
+    for key, path in product((key for key, wanted in keys.items() if wanted), starts):
         if is_adapter(path):
             raise InputError(
                 f"{key}: vllm serves an adapter on a whole model, and the base here is an adapter itself ({path}); merge it "

@@ -141,7 +141,7 @@ class Completions:
         }
         if form.unfiltered:
             # A server may have defaults of its own for these, or the model's generation_config.json has. That all tokens
-            # may be drawn is -1 to every server that knows top_k; 0 is refused by SGLang
+            # may be drawn is -1 to vLLM, SGLang and llama.cpp; SGLang refuses 0
             body |= {"top_k": settings.top_k or -1, "min_p": 0.0, "repetition_penalty": 1.0}
             body |= {"presence_penalty": 0.0, "frequency_penalty": 0.0}
         elif settings.top_k:

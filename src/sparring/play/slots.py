@@ -252,8 +252,14 @@ class _Reading:
         # Lengths do not tell: the row may be filled up by as many tokens as copies have
         self._copied = rows != list(range(tree.ids.shape[1]))
         self._places: dict[int, Tensor] = {}
+        self._read: set[int] = set()
 
     def attend(self, layer: int, states: States, rule: Rule) -> Tensor:
+        if (
+            layer in self._read
+        ):  # HRM's layers, which a pass goes through again, share a number and have keys of their own
+            raise TypeError(f"its layer {layer} attends more than once in a pass")
+        self._read.add(layer)
         key, value = states.key, states.value
         if self._copied:
             key, value = (x.index_select(0, self._rows) for x in (key, value))
@@ -344,6 +350,11 @@ def decodes(model: nn.Module) -> bool:
 @torch.no_grad()
 def _problem(base: Any) -> str | None:
     """Why a model that takes packed rows cannot be decoded in slots; None where it can."""
+    with torch.autocast(next(base.parameters()).device.type, enabled=False):  # whatever the caller computes in
+        return _tried(base)
+
+
+def _tried(base: Any) -> str | None:
     most = min(base.get_output_embeddings().weight.shape[0], 1000)
     ids = [(7 * i + 3) % most for i in range(12)]
     prompts, after = [ids[:8], ids[8:10]], torch.tensor(ids[10:])

@@ -94,9 +94,9 @@ class Renderer:
         date: datetime | None = None,
     ) -> None:
         self._tokenizer: Any = tokenizer
-        self._control = ControlTokens(tokenizer)
         self._source = chat_template or tokenizer.name_or_path or "the tokenizer"
         self._template = _read_template(tokenizer, chat_template)
+        self._control = ControlTokens(tokenizer, self._template)
         self._date = _date_parts(date or datetime.now())
         self._bos = [] if self._template is not None else _default_prefix(tokenizer)
         self._trim, self._lead, end = self._answer_facts()

@@ -30,6 +30,11 @@ _SPELLING = re.compile(rf"\s+|.|</?(?:{'|'.join(_TAGS.split())})>", re.DOTALL)
 """Added tokens that are no control tokens unless the tokenizer says so. `<s>` and `</s>` are always: begin and end."""
 
 
+def spelling(token: str, template: str) -> bool:
+    """Whether an added token is one of ordinary text."""
+    return _SPELLING.fullmatch(token) is not None and not (len(token) > 1 and token in template and not token.isspace())
+
+
 def unicode_text(text: str) -> str:
     """The text itself. Raises InputError where it holds a lone surrogate, which no tokenizer can encode."""
     try:
@@ -46,14 +51,16 @@ class ControlTokens:
     a player answers with them, so that gold answers without would be told apart by their tokens.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str | None = None) -> None:
+        """`template`: a chat template's source; the tags that it writes are control tokens."""
         self._tokenizer = tokenizer
         self._backend: Any = getattr(tokenizer, "backend_tokenizer", None)
         added, named = tokenizer.added_tokens_decoder, set(tokenizer.all_special_tokens)
         self.ids = {
             token.content: id
             for id, token in added.items()
-            if token.content and (token.special or token.content in named or not _SPELLING.fullmatch(token.content))
+            if token.content
+            and (token.special or token.content in named or not spelling(token.content, template or ""))
         }
         # Longest first, because tokenizers take the longest of the added tokens that start at one place
         either = "|".join(map(re.escape, sorted(self.ids, key=len, reverse=True))) or "(?!)"

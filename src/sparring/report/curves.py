@@ -75,7 +75,7 @@ def by_round(run: RunView) -> list[Chart]:
     # What came before self-play moved so far that nothing after it could be seen on one scale
     summaries = {n: summary for n, summary in summaries.items() if n >= 0} or summaries
     shares = [name for name in figures(list(summaries.values())) if in_percent(name, list(summaries.values()))]
-    early = tuple(float(n) for n, steps in sorted(run.ended.items()) if steps is not None and n in summaries)
+    early = tuple(float(n) for n, ended in sorted(run.ended.items()) if ended and n in summaries)
     charts = [
         Chart("Accuracy", "% of held-out prompts", "player", _figures(summaries, 100, *shares[: len(_LINES)])),
         Chart("Cost of the gold answer", "gold_nll, nats per answer", "player", _figures(summaries, 1, "gold_nll")),

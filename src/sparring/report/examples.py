@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 from sparring.errors import InputError
 from sparring.formatting import visible
-from sparring.report.tokens import FOLDER, LEVELS, Duel, Key, Moved, Piece, Rescored, coloured, duels, moved, split
+from sparring.report.tokens import LEVELS, Duel, Key, Moved, Piece, Rescored, coloured, duels, moved, split
 from sparring.report.verdict import by_example, figure_to_tell
+from sparring.rundir import COLOURS
 from sparring.types import Sample
 
 if TYPE_CHECKING:
@@ -265,7 +266,7 @@ def known_logps(run: RunView, ids: Collection[str]) -> dict[Key, dict[str, Seque
                 own = found.setdefault(key, {})
                 if len(item.logps) == len(item.tokens):  # an engine that gives text gives none
                     own[player.sha] = item.logps
-    folder = Path(run.path) / FOLDER
+    folder = Path(run.path) / COLOURS
     if folder.exists():
         from sparring.rundir.store import Rows
 

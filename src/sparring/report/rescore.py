@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparring.report.examples import gather, known_logps
-from sparring.report.tokens import FOLDER, Rescored, duels
+from sparring.report.tokens import Rescored, duels
+from sparring.rundir import COLOURS
 
 if TYPE_CHECKING:
     from sparring.rundir.view import RunView
@@ -73,7 +74,7 @@ def rescore(run: RunView) -> int:
         rows += [
             Rescored(item.example_id, item.kind, by, sha, line) for (item, by), line in zip(wanted, logps, strict=True)
         ]
-    folder = Path(run.path) / FOLDER
+    folder = Path(run.path) / COLOURS
     folder.mkdir(exist_ok=True)
     write_shard(folder / "00000.parquet", Rescored, rows)
     return sum(map(len, missing.values()))

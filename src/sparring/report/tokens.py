@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from sparring.rundir.view import RunView
     from sparring.types import Player
 
-FOLDER = "colours"
-"""Of the run: log-probs that `sparring report --tokens` computed, a row per answer and player."""
 LEVELS = (0.1, 0.5, 1.5)
 """A token whose log-prob moved by less than the first is not coloured; nats."""
 END = "\u220e"

@@ -45,7 +45,9 @@ def verdict(run: RunView, figures: Mapping[int, Mapping[str, Any]] | None = None
     if key is None:
         return Verdict(f"Player {best} was evaluated, but on no answer that could be checked or scored.", "")
     gain = _gain(None if figures else run, known, best, key)
-    detail = " ".join([_chosen(run, known[best]), f"The 95 % interval is {gain.how}." if gain else ""]).strip()
+    detail = " ".join(
+        [_chosen(run, run.evaluation(best) or {}), f"The 95 % interval is {gain.how}." if gain else ""]
+    ).strip()
     if key == "gold_nll":
         return Verdict(_gold_sentence(best, known, key, gain, bool(run.config.evaluate.verifier)), detail)
     chose = not figures and controls.figure(run.config.evaluate) == key

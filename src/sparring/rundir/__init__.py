@@ -33,6 +33,8 @@ from sparring.types import Player
 Counts = Mapping[str, Any]
 TRACK = "track"
 """Where trackers keep what is theirs (`sinks.py`)."""
+COLOURS = "colours"
+"""Log-probs that `sparring report --tokens` computed, a row per answer and player (`report/rescore.py`)."""
 _OURS = ("config.yaml", "data", "start", "best", "superseded")
 
 
@@ -199,10 +201,11 @@ class RunDir:
                     to = target / path.relative_to(self.path)
                     to.parent.mkdir(parents=True, exist_ok=True)
                     path.rename(to)
-        # Trackers begin anew too: what they were told is no longer so
-        if (self.path / TRACK).exists():
-            target.mkdir(parents=True, exist_ok=True)
-            (self.path / TRACK).rename(target / TRACK)
+        # Trackers begin anew too: what they were told is no longer so; nor are log-probs of answers of which other ones are given
+        for name in (TRACK, COLOURS):
+            if (self.path / name).exists():
+                target.mkdir(parents=True, exist_ok=True)
+                (self.path / name).rename(target / name)
         return target
 
     def adopt(self, other: RunDir, stage: Stage) -> bool:

@@ -132,10 +132,25 @@ class RunView:
         return {n: self.evaluation(n) for n in candidates(self.players) if upto is None or n <= upto}
 
     @property
-    def ended(self) -> dict[int, int | None]:
-        """Player to the steps that were kept of its training, where a guard ended that early, else None."""
+    def ended(self) -> dict[int, bool]:
+        """Whether a guard ended the training of a player early."""
         records = {r.t + 1: r.counts.get("player", {}) for r in self.rounds}
-        return {n: counts["steps"] if counts.get("ended_early") else None for n, counts in records.items()}
+        return {n: bool(counts.get("ended_early")) for n, counts in records.items()}
+
+    @property
+    def unmoved(self) -> set[int]:
+        """The players that are an earlier one of self-play's again, as a guard left no step that moved them."""
+        found, known = set(), candidates(self.players)
+        for r in self.rounds:
+            counts, start = r.counts.get("player", {}), r.roles.get("start")
+            # A given start has another sha than the player that is saved of it
+            if (
+                start is not None
+                and start.round in known
+                and (counts.get("steps") == 0 or counts.get("sha") == start.sha)
+            ):
+                found.add(r.t + 1)
+        return found
 
     def stop_reason(self, t: int) -> str | None:
         """Why self-play does not go on with round t; None where it does, or where not all players are measured."""
@@ -146,7 +161,7 @@ class RunView:
         ):
             return None
         return controls.stop_reason(
-            self.evaluations(t), self.config.evaluate, self.ended, self.config.controls.patience
+            self.evaluations(t), self.config.evaluate, self.ended, self.config.controls.patience, self.unmoved
         )
 
     def control_lines(self) -> list[str]:
@@ -188,7 +203,7 @@ class RunView:
     def best_player(self, upto: int | None = None) -> int | None:
         """The best player by `evaluate.best` (docs/controls.md), of those up to `upto`; None while there is none."""
         found = self.evaluations(upto)
-        return controls.best_player(found, self.config.evaluate, self.ended) if found else None
+        return controls.best_player(found, self.config.evaluate, self.ended, self.unmoved) if found else None
 
     def evaluation(self, number: int) -> dict[str, Any] | None:
         """A player's evaluation summary, or None where there is none.

@@ -104,8 +104,9 @@ class _Lengths:
         for group in groups:
             table = zip(group.completions, group.targets, group.sources, strict=True)
             own = [(completion, target) for completion, target, source in table if not source.startswith(MISMATCHED)]
-            top = max(target for _, target in own) if len(own) > 1 else 1.0
-            if len(own) == 1 or min(target for _, target in own) < top:
+            targets = {target for _, target in own}
+            top = max(targets) if len(own) > 1 else 1.0
+            if len(targets) > 1 or (targets in ({0.0}, {1.0}) and len(own) == 1):
                 for completion, target in own:
                     self._tokens[target == top] += len(completion)
                     self._counts[target == top] += 1
