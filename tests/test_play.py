@@ -298,9 +298,13 @@ def test_layers_that_share_a_number_are_not_decoded_in_slots(caplog: pytest.LogC
     assert "its layer 0 attends more than once in a pass" in caplog.text
 
 
-def test_a_trial_is_in_full_precision_whatever_the_caller_computes_in() -> None:
+def test_a_trial_is_in_full_precision_whatever_the_caller_computes_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = slots.head
     with torch.autocast("cpu", torch.bfloat16):
         assert slots.decodes(tiny("llama"))
+        # What would pass for rounding in 16 bits
+        monkeypatch.setattr(slots, "head", lambda *given: whole(*given) + 0.1 * torch.arange(VOCABULARY).eq(3))
+        assert not slots.decodes(tiny("llama"))
 
 
 def test_finished_rows_leave_a_padded_batch() -> None:

@@ -255,9 +255,8 @@ class _Reading:
         self._read: set[int] = set()
 
     def attend(self, layer: int, states: States, rule: Rule) -> Tensor:
-        if (
-            layer in self._read
-        ):  # HRM's layers, which a pass goes through again, share a number and have keys of their own
+        # HRM's layers, which a pass goes through again, share a number and have keys of their own
+        if layer in self._read:
             raise TypeError(f"its layer {layer} attends more than once in a pass")
         self._read.add(layer)
         key, value = states.key, states.value

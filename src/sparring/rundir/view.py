@@ -144,11 +144,8 @@ class RunView:
         for r in self.rounds:
             counts, start = r.counts.get("player", {}), r.roles.get("start")
             # A given start has another sha than the player that is saved of it
-            if (
-                start is not None
-                and start.round in known
-                and (counts.get("steps") == 0 or counts.get("sha") == start.sha)
-            ):
+            still = counts.get("steps") == 0 or (start is not None and counts.get("sha") == start.sha)
+            if still and start is not None and start.round in known:
                 found.add(r.t + 1)
         return found
 
