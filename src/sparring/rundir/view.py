@@ -143,9 +143,10 @@ class RunView:
         found, known = set(), candidates(self.players)
         for r in self.rounds:
             counts, start = r.counts.get("player", {}), r.roles.get("start")
+            if start is None or start.round not in known:
+                continue
             # A given start has another sha than the player that is saved of it
-            still = counts.get("steps") == 0 or (start is not None and counts.get("sha") == start.sha)
-            if still and start is not None and start.round in known:
+            if counts.get("steps") == 0 or counts.get("sha") == start.sha:
                 found.add(r.t + 1)
         return found
 
